@@ -1,0 +1,222 @@
+"""ε-weakness and criticality of every layer (CLAT, arXiv 2408.10204, eq. 2 and 3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from art.attacks import EvasionAttack
+from art.estimators.classification import PyTorchClassifier
+
+from art_clat.attacks import OutputAttack
+from art_clat.features import Features
+from art_clat.layers import Layer
+from art_clat.network import Network, evaluation_mode, own_randomness
+from art_clat.validation import check_attack, check_classifier, check_data
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True)
+class LayerCriticality:
+    """
+    What was measured of one layer.
+
+    :param name: Name of the layer's weighted module, as in ``classifier.model.named_modules()``.
+    :param weakness: ε-weakness ``W_ε(F_i)``, eq. 2.
+    :param criticality: Criticality index ``C_i = W_ε(F_i) / W_ε(F_{i−1})``, eq. 3; NaN where the layer before has
+           weakness zero.
+    :param nb_parameters: Number of the layer's scalar parameters, those of its norm included.
+    :param shape: Shape of one sample's feature.
+    :param is_head: Whether the layer gives the class scores.
+    """
+
+    name: str
+    weakness: float
+    criticality: float
+    nb_parameters: int
+    shape: tuple[int, ...]
+    is_head: bool
+
+
+@dataclass(frozen=True)
+class Criticality(Sequence[LayerCriticality]):
+    """
+    The layers of a network in execution order, with their weakness and criticality. Prints as a table.
+
+    :param layers: One entry a layer.
+    :param input_weakness: ``W_ε(F_0)``, the weakness of the input itself.
+    :param nb_samples: How many samples the expectation of eq. 2 was taken over.
+    """
+
+    layers: tuple[LayerCriticality, ...]
+    input_weakness: float
+    nb_samples: int
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.layers[index]
+
+    def __iter__(self) -> Iterator[LayerCriticality]:
+        return iter(self.layers)
+
+    def __str__(self) -> str:
+        width = max(len("layer"), *(len(layer.name) for layer in self.layers))
+        lines = [f"{'':>4} {'layer':<{width}} {'weakness':>11} {'criticality':>12} {'parameters':>12}"]
+        lines += [
+            f"{number:>4} {layer.name:<{width}} {layer.weakness:>11.4g} {layer.criticality:>12.4g} "
+            f"{layer.nb_parameters:>12,}{'  (head)' if layer.is_head else ''}"
+            for number, layer in enumerate(self.layers, start=1)
+        ]
+        return "\n".join(lines)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """
+        Draw the criticality of every layer as a bar chart, in execution order; the head's bars are hatched.
+
+        :param ax: Where to draw, or `None` for a new figure.
+        :return: The axes.
+        """
+        from art_clat.plots import label_layers, new_axes
+
+        ax = ax if ax is not None else new_axes(width=max(6.0, min(24.0, 0.3 * len(self.layers) + 2)), height=4.5)
+        bars = ax.bar(range(len(self.layers)), [layer.criticality for layer in self.layers])
+        for bar, layer in zip(bars, self.layers, strict=True):
+            if layer.is_head:
+                bar.set(hatch="//", alpha=0.5)
+        ax.axhline(1, color="grey", linewidth=0.8)
+        # The head's literal index is often a hundred times the others': a linear axis would show nothing else.
+        finite = [layer.criticality for layer in self.layers if layer.criticality > 0]
+        if finite and max(finite) > 20 * min(finite):
+            ax.set_yscale("log")
+        ax.set_ylabel("criticality index $C_i$")
+        label_layers(ax.xaxis, [layer.name for layer in self.layers], rotation=90)
+        return ax
+
+
+def measure_criticality(
+    classifier: PyTorchClassifier,
+    x: npt.NDArray[np.floating],
+    y: npt.NDArray[np.generic] | None = None,
+    *,
+    attack: EvasionAttack,
+    batch_size: int = 128,
+    after_norm: bool = False,
+    seed: int = 0,
+) -> Criticality:
+    """
+    Measure the ε-weakness and the criticality index of every layer.
+
+    One untargeted attack on the network's output gives one perturbation a sample; one clean and one perturbed forward
+    pass then give the weakness of every layer at once (arXiv 2408.10204, eq. 2 and 3). The supremum of eq. 2 is
+    approximated by that one perturbation, as in the paper. The network runs in evaluation mode and comes back as it
+    was, the global random generators included.
+
+    A layer is a weighted leaf module with the norm on its output. Layers come in execution order, and ``F_{i−1}`` is
+    the layer that ran before. ``F_0`` is the input as the classifier takes it. A feature is what the weighted module
+    returns, whatever activation runs in place on it afterwards, or what its norm returns with `after_norm`.
+
+    Example::
+
+        attack = ProjectedGradientDescent(classifier, eps=8 / 255, eps_step=2 / 255, max_iter=10, num_random_init=1)
+        print(measure_criticality(classifier, x_train[:1024], y_train[:1024], attack=attack))
+
+    :param classifier: The classifier; it needs no optimiser here.
+    :param x: Inputs, shape (n, *input_shape), floating point, within the classifier's ``clip_values``.
+    :param y: Index labels, shape (n,), or one-hot labels, shape (n, nb_classes); `None` for the classifier's own
+           predictions.
+    :param attack: An untargeted ART evasion attack on this classifier.
+    :param batch_size: Samples in one forward pass; the result does not depend on it but for the order of sums (and
+           the attack's random start).
+    :param after_norm: Take the features of layers that have a norm after it. A convolution's scale before a BatchNorm
+           is arbitrary, and so is its weakness there; after the norm it is the scale the norm has learned.
+    :param seed: Seed of the attack's random start.
+    :return: One entry a layer, in execution order.
+    :raises TypeError: If `classifier` is not a ``PyTorchClassifier`` or `attack` not an evasion attack.
+    :raises ValueError: If the attack is targeted or bound to another classifier, the data are unusable, the network
+            has no weighted layer, or the attack moved no input.
+    """
+    check_classifier(classifier, needs_optimizer=False)
+    check_attack(attack, classifier, argument="attack")
+    if y is None:
+        y = np.zeros(len(x), dtype=np.int64)
+        labelled = False
+    else:
+        labelled = True
+    inputs, labels = check_data(classifier, x, y, argument="x", label_argument="y")
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    network = Network(classifier)
+    with own_randomness(seed, network.device), evaluation_mode(classifier._model):
+        layers = network.find_layers(inputs, after_norm=after_norm)
+        batches = []
+        for start in range(0, len(inputs), batch_size):
+            batch = inputs[start : start + batch_size].to(network.device)
+            if labelled:
+                target = labels[start : start + batch_size].to(network.device)
+            else:
+                with torch.no_grad():
+                    target = network.logits(batch).argmax(dim=1)
+            batches.append((batch, target))
+        return measure(network, layers, batches, OutputAttack(attack, network))
+
+
+def measure(
+    network: Network,
+    layers: Sequence[Layer],
+    batches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    attack: OutputAttack,
+) -> Criticality:
+    """
+    Measure layers on batches that are already tensors; the core of :func:`measure_criticality`.
+
+    :param network: The network.
+    :param layers: Its layers in execution order.
+    :param batches: Inputs and labels.
+    :param attack: The output attack that gives δ.
+    :return: One entry a layer.
+    :raises ValueError: If the attack moved no input.
+    """
+    features = Features(layers)
+    sums = torch.zeros(len(layers), dtype=torch.float64)
+    input_sum, nb_samples = 0.0, 0
+    with evaluation_mode(network.classifier._model):
+        for x, y in batches:
+            x, y = x.to(network.device), y.to(network.device)
+            x_adv = attack(x, y)
+            with torch.no_grad():
+                with features.keep(stop=True):
+                    network.logits(x)
+                with features.compare(stop=True):
+                    network.logits(x_adv)
+                distances = torch.stack([features.distance(layer, len(x)).double().sum() for layer in layers])
+            sums += distances.cpu()
+            input_sum += (x_adv - x).flatten(1).norm(dim=1).double().sum().item()
+            nb_samples += len(x)
+    if input_sum == 0:
+        raise ValueError("The attack moved no input: every weakness is zero. Its `eps` or `max_iter` may be zero.")
+    input_weakness = input_sum / nb_samples / batches[0][0][0].numel()
+    weakness = [total / nb_samples / layer.size for total, layer in zip(sums.tolist(), layers, strict=True)]
+    return Criticality(
+        layers=tuple(
+            LayerCriticality(
+                name=layer.name,
+                weakness=this,
+                criticality=this / before if before > 0 else math.nan,
+                nb_parameters=layer.nb_parameters,
+                shape=layer.shape,
+                is_head=layer.is_head,
+            )
+            for layer, this, before in zip(layers, weakness, [input_weakness, *weakness], strict=False)
+        ),
+        input_weakness=input_weakness,
+        nb_samples=nb_samples,
+    )

@@ -1,0 +1,119 @@
+"""Taps on layers: see their features in a forward pass, and stop it after the last one needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from art_clat.layers import Layer, feature_tensor
+
+
+class _LastFeatureSeen(Exception):
+    """Ends a forward pass from within."""
+
+
+@contextmanager
+def tap(
+    layers: Sequence[Layer], on_feature: Callable[[Layer, torch.Tensor], None], *, stop: bool = False
+) -> Iterator[None]:
+    """
+    Show each layer's feature to a function in the forward pass that runs in this context.
+
+    The function sees the tensor at the moment it is made: an in-place activation that overwrites it later does no
+    harm to what was computed from it, but a function that keeps it must copy it.
+
+    :param layers: The layers to tap.
+    :param on_feature: Called with the layer and its feature, batch first; once for every call of the layer.
+    :param stop: End the forward pass, and with it the context, once every layer has been seen.
+    """
+    left = sum(layer.calls for layer in layers)
+
+    def hook_of(layer: Layer) -> Callable[[nn.Module, object, object], None]:
+        def hook(module: nn.Module, args: object, output: object) -> None:
+            nonlocal left
+            feature = feature_tensor(output)
+            if feature is None:
+                raise RuntimeError(f"Layer {layer.name!r} returned no tensor.")
+            on_feature(layer, feature)
+            left -= 1
+            if stop and left == 0:
+                raise _LastFeatureSeen
+
+        return hook
+
+    handles = [layer.output.register_forward_hook(hook_of(layer)) for layer in layers]
+    try:
+        yield
+    except _LastFeatureSeen:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Features:
+    """
+    The features of a batch at some layers, and how far another forward pass is from them.
+
+    :param layers: The layers.
+    """
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers = list(layers)
+        self._kept: dict[Layer, list[torch.Tensor]] = {}
+        self._distances: dict[Layer, list[torch.Tensor]] = {}
+
+    @contextmanager
+    def keep(self, *, stop: bool = False) -> Iterator[None]:
+        """
+        Keep the features of the forward pass in this context: ``F_i(x)``.
+
+        :param stop: End the forward pass after the last layer.
+        """
+        self._kept = {layer: [] for layer in self.layers}
+
+        def keep(layer: Layer, feature: torch.Tensor) -> None:
+            self._kept[layer].append(feature.clone())
+
+        with tap(self.layers, keep, stop=stop):
+            yield
+
+    @contextmanager
+    def compare(self, *, stop: bool = False) -> Iterator[None]:
+        """
+        Measure the forward pass in this context against the kept features; `distance` has the result.
+
+        :param stop: End the forward pass after the last layer.
+        """
+        self._distances = {layer: [] for layer in self.layers}
+
+        def compare(layer: Layer, feature: torch.Tensor) -> None:
+            seen = self._distances[layer]
+            kept = self._kept[layer][len(seen)]
+            seen.append((feature - kept).float().flatten(1).norm(dim=1))
+
+        with tap(self.layers, compare, stop=stop):
+            yield
+
+    def distance(self, layer: Layer, batch_size: int) -> torch.Tensor:
+        """
+        Give ``‖F_i(x+δ) − F_i(x)‖_2`` of every sample.
+
+        :param layer: One of the layers.
+        :param batch_size: Number of samples; a feature may have a multiple of it as its first dimension (windows).
+        :return: Shape (`batch_size`,), float32.
+        """
+        parts = torch.cat([part.reshape(batch_size, -1) for part in self._distances[layer]], dim=1)
+        return parts[:, 0] if parts.shape[1] == 1 else torch.linalg.vector_norm(parts, dim=1)
+
+    def total_distance(self, batch_size: int) -> torch.Tensor:
+        """
+        Give the summed distance of all layers, ``Σ_i ‖F_i(x+δ) − F_i(x)‖_2`` (the term inside eq. 5).
+
+        :param batch_size: Number of samples.
+        :return: Shape (`batch_size`,), float32.
+        """
+        return torch.stack([self.distance(layer, batch_size) for layer in self.layers]).sum(dim=0)

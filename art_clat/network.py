@@ -1,0 +1,137 @@
+"""ART's PyTorch classifier as functions of tensors: preprocessing, logits, loss, and what a guest must put back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from art.estimators.classification import PyTorchClassifier
+from torch import nn
+
+from art_clat.layers import PROBE_SIZE, Layer, find_layers
+
+
+class Network:
+    """
+    A view of an ART classifier in which inputs, labels, logits and losses are tensors on its device.
+
+    :param classifier: Any ``PyTorchClassifier``, its Hugging Face subclass included.
+    """
+
+    def __init__(self, classifier: PyTorchClassifier) -> None:
+        self.classifier = classifier
+        self.model: nn.Module = classifier.model
+        self.device = torch.device(classifier.device)
+        self.nb_classes = int(classifier.nb_classes)
+        #: Whether an input gradient flows through the preprocessing.
+        self.is_differentiable = bool(classifier.all_framework_preprocessing)
+        clip = classifier.clip_values
+        self.clip_values = (
+            None
+            if clip is None
+            else tuple(torch.as_tensor(np.asarray(c, np.float32), device=self.device) for c in clip)
+        )
+
+    def logits(self, x: torch.Tensor, *, fit: bool = False) -> torch.Tensor:
+        """
+        Give the network's output, through ART's preprocessing.
+
+        :param x: Inputs as the user gives them, shape (batch, *input_shape).
+        :param fit: Apply the preprocessing that ART applies in training, not that of prediction.
+        :return: Shape (batch, nb_classes).
+        """
+        x, _ = self._preprocess(x, None, fit=fit)
+        return self._forward(x)
+
+    def loss(self, x: torch.Tensor, y: torch.Tensor, *, fit: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Give the classifier's own loss, and the logits it was computed from.
+
+        :param x: Inputs, shape (batch, *input_shape).
+        :param y: Index labels, shape (batch,), or class probabilities, shape (batch, nb_classes).
+        :param fit: Apply the preprocessing that ART applies in training, not that of prediction.
+        :return: The loss, reduced as the classifier's loss does, and logits of shape (batch, nb_classes).
+        """
+        x, y = self._preprocess(x, self.one_hot(y), fit=fit)
+        logits = self._forward(x)
+        loss: torch.Tensor = self.classifier.loss(logits, self.classifier.reduce_labels(y))
+        return loss, logits
+
+    def one_hot(self, y: torch.Tensor) -> torch.Tensor:
+        """
+        Give labels as ART's own methods expect them.
+
+        :param y: Index labels, shape (batch,), or class probabilities, shape (batch, nb_classes).
+        :return: Shape (batch, nb_classes), float32.
+        """
+        return y if y.ndim == 2 else nn.functional.one_hot(y, self.nb_classes).float()
+
+    def find_layers(self, x: torch.Tensor, *, after_norm: bool = False) -> list[Layer]:
+        """
+        Find the network's layers in execution order.
+
+        :param x: At least one input, shape (batch, *input_shape).
+        :param after_norm: Take features after a layer's norm.
+        :return: See :func:`art_clat.layers.find_layers`.
+        """
+        probe = x[:1].to(self.device).repeat(PROBE_SIZE, *[1] * (x.ndim - 1))
+        with evaluation_mode(self.model):
+            return find_layers(self.model, lambda: self.logits(probe), after_norm=after_norm)
+
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        # ART's wrapper returns a list whose last element is the logits, and holds the Hugging Face processor.
+        output: torch.Tensor = self.classifier._model(x)[-1]
+        return output
+
+    def _preprocess(self, x: torch.Tensor, y: torch.Tensor | None, *, fit: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.is_differentiable:
+            return self.classifier._apply_preprocessing(x, y, fit=fit, no_grad=False)  # type: ignore[no-any-return]
+        y_array = None if y is None else y.cpu().numpy()
+        arrays = self.classifier._apply_preprocessing(x.detach().cpu().numpy(), y_array, fit=fit)
+        x, y = (None if a is None else torch.as_tensor(a, device=self.device) for a in arrays)  # type: ignore[assignment]
+        return x.float(), y  # type: ignore[return-value]
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """
+    Put a network in evaluation mode, and every module back in its own mode on leaving.
+
+    :param model: The network.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
+    """
+    Seed the global random generators, and put them back as they were on leaving.
+
+    They are Python's, NumPy's, torch's and, on a GPU, CUDA's: dropout, random starts and ART's own attacks all draw
+    from these.
+
+    :param seed: The seed, 0 … 2**32 − 1.
+    :param device: Where the network runs.
+    """
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices):
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.default_generator.manual_seed(seed)
+            if device.type == "cuda":
+                torch.cuda.manual_seed_all(seed)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

@@ -1,0 +1,451 @@
+"""AutoAttack on a classifier, and the result in RobustBench's format."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from art.estimators.classification import PyTorchClassifier
+from torch import nn
+
+from art_clat._robustbench import autoattack, robustbench_utils
+from art_clat.attacks import Ascent, L1Ball, L2Ball, LinfBall
+from art_clat.network import Network, evaluation_mode, own_randomness
+from art_clat.validation import check_whole
+
+logger = logging.getLogger(__name__)
+
+#: RobustBench's names of the norms, what users write for them, and the balls.
+NORMS: dict[str, tuple[tuple[object, ...], type[LinfBall | L2Ball | L1Ball]]] = {
+    "Linf": (("Linf", "inf", np.inf), LinfBall),
+    "L2": (("L2", 2), L2Ball),
+    "L1": (("L1", 1), L1Ball),
+}
+
+#: Test examples and ε that RobustBench's leaderboards ask for.
+LEADERBOARDS: dict[str, dict[str, Any]] = {
+    "cifar10": {"nb_examples": 10_000, "eps": {"Linf": 8 / 255, "L2": 0.5}},
+    "cifar100": {"nb_examples": 10_000, "eps": {"Linf": 8 / 255}},
+    "imagenet": {"nb_examples": 5_000, "eps": {"Linf": 4 / 255}},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RobustnessReport:
+    """
+    How a classifier did. Accuracies are in [0, 1]; arrays have one entry an example.
+
+    :param norm: ``"Linf"``, ``"L2"`` or ``"L1"``.
+    :param eps: ε, in units of inputs in [0, 1].
+    :param nb_examples: Number of examples.
+    :param clean: Whether each example is classified correctly as it is.
+    :param pgd: Whether it still is under PGD.
+    :param pgd_max_iter: Number of PGD steps.
+    :param autoattack: Whether it still is under AutoAttack; `None` if that was not run.
+    :param autoattack_version: ``"standard"``, ``"plus"`` or ``"rand"``; `None` if AutoAttack was not run.
+    :param warnings: What AutoAttack's own checks warned of.
+    :param seconds: Time taken.
+    :param seed: Seed of the attacks.
+    """
+
+    norm: str
+    eps: float
+    nb_examples: int
+    clean: npt.NDArray[np.bool_]
+    pgd: npt.NDArray[np.bool_]
+    pgd_max_iter: int
+    autoattack: npt.NDArray[np.bool_] | None
+    autoattack_version: str | None
+    warnings: tuple[str, ...]
+    seconds: float
+    seed: int
+
+    @property
+    def clean_accuracy(self) -> float:
+        """Share of examples classified correctly."""
+        return float(self.clean.mean())
+
+    @property
+    def pgd_accuracy(self) -> float:
+        """Share of examples classified correctly as they are and under PGD."""
+        return float(self.pgd.mean())
+
+    @property
+    def autoattack_accuracy(self) -> float | None:
+        """Share of examples that AutoAttack could not get misclassified; `None` if it was not run."""
+        return None if self.autoattack is None else float(self.autoattack.mean())
+
+    def to_dict(self) -> dict[str, Any]:
+        """
+        Give the figures without the arrays, ready for JSON.
+
+        :return: Every field that is no array, and the accuracies.
+        """
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        figures = {name: value for name, value in fields.items() if name not in ("clean", "pgd", "autoattack")}
+        return {
+            **figures,
+            "warnings": list(self.warnings),
+            "clean_accuracy": self.clean_accuracy,
+            "pgd_accuracy": self.pgd_accuracy,
+            "autoattack_accuracy": self.autoattack_accuracy,
+        }
+
+    def __str__(self) -> str:
+        rows = [("clean", self.clean_accuracy), (f"PGD-{self.pgd_max_iter}", self.pgd_accuracy)]
+        if self.autoattack_accuracy is not None:
+            rows.append((f"AutoAttack ({self.autoattack_version})", self.autoattack_accuracy))
+        title = f"{self.norm}, ε = {self.eps:.4g}, {self.nb_examples} examples"
+        return "\n".join([title, *(f"  {name:<22}{100 * value:6.2f} %" for name, value in rows)])
+
+
+class _Logits(nn.Module):
+    """An ART classifier as the function from inputs to logits that AutoAttack takes."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.wrapped = network.classifier._model
+        self._network = [network]  # not a submodule
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._network[0].logits(x)
+
+
+def evaluate_robustness(
+    classifier_or_model: PyTorchClassifier | nn.Module,
+    x: npt.NDArray[np.floating],
+    y: npt.NDArray[np.generic],
+    *,
+    norm: str | float,
+    eps: float,
+    autoattack_version: str | None = "standard",
+    pgd_max_iter: int = 20,
+    pgd_eps_step: float | None = None,
+    batch_size: int = 128,
+    seed: int = 0,
+) -> RobustnessReport:
+    """
+    Measure clean accuracy, accuracy under PGD and under AutoAttack (Croce and Hein, arXiv 2003.01690).
+
+    AutoAttack is its authors' own package. The network runs in evaluation mode and comes back as it was, the global
+    random generators included. An example counts as robust only if it is also classified correctly as it is. PGD's
+    accuracy is an upper bound that AutoAttack tightens; where the two are far apart, gradients are masked.
+
+    :param classifier_or_model: An ART classifier with ``clip_values=(0, 1)``, or a network that takes inputs in [0, 1],
+           with its normalisation inside; either gives logits. A network is evaluated on the device it is on.
+    :param x: Inputs in [0, 1], shape (n, channels, height, width).
+    :param y: Index labels, shape (n,), or one-hot labels, shape (n, nb_classes).
+    :param norm: ``"Linf"``, ``"L2"`` or ``"L1"`` (also ``np.inf``, 2, 1).
+    :param eps: Radius of the ball, in units of inputs in [0, 1]: 8 / 255, not 8. At most 1 for ℓ∞.
+    :param autoattack_version: ``"standard"``, ``"plus"``, ``"rand"``, or `None` to leave AutoAttack out.
+    :param pgd_max_iter: Number of PGD steps, from one random start.
+    :param pgd_eps_step: Size of a PGD step; `None` for ε / 4 (2 / 255 at 8 / 255, as in the paper).
+    :param batch_size: Examples in a batch.
+    :param seed: Seed of the attacks.
+    :return: The accuracies and the verdict on every example.
+    :raises TypeError: If `classifier_or_model` is neither.
+    :raises ValueError: If an argument is out of its range, inputs lie outside [0, 1], or the outputs are no logits:
+            AutoAttack would give a false number.
+    :raises ImportError: If AutoAttack is not installed.
+    """
+    norm = _norm_name(norm)
+    if not 0 < eps <= (1 if norm == "Linf" else np.inf):
+        raise ValueError(f"`eps` must be positive, and at most 1 for Linf on inputs in [0, 1] (8 / 255), got {eps}.")
+    if pgd_eps_step is not None and not pgd_eps_step > 0:
+        raise ValueError(f"`pgd_eps_step` must be positive, got {pgd_eps_step}.")
+    check_whole(pgd_max_iter, 1, argument="pgd_max_iter")
+    check_whole(batch_size, 1, argument="batch_size")
+    versions = (None, "standard", "plus", "rand")
+    if autoattack_version not in versions:
+        raise ValueError(f"`autoattack_version` must be one of {versions}, got {autoattack_version!r}.")
+    make_autoattack = None if autoattack_version is None else autoattack().AutoAttack
+    model, device = _as_model(classifier_or_model)
+    inputs, labels = _check_examples(x, y)
+    start = time.perf_counter()
+    ball = NORMS[norm][1](
+        torch.tensor(eps, device=device), (torch.zeros((), device=device), torch.ones((), device=device))
+    )
+    step = torch.tensor(eps / 4 if pgd_eps_step is None else pgd_eps_step, device=device)
+    pgd = Ascent(ball=ball, step=step, nb_steps=pgd_max_iter, random_start=True)
+
+    with own_randomness(seed, device), evaluation_mode(model), _without_weight_gradients(model):
+        batches = list(zip(inputs.split(batch_size), labels.split(batch_size), strict=True))
+        _check_logits(model, inputs[:batch_size].to(device), labels)
+        clean, robust = [], []
+        for batch, target in batches:
+            batch, target = batch.to(device), target.to(device)
+            correct = _predict(model, batch) == target
+            x_adv = pgd(lambda z, t=target: nn.functional.cross_entropy(model(z), t, reduction="sum"), batch)  # type: ignore[misc]
+            clean.append(correct.cpu())
+            robust.append((correct & (_predict(model, x_adv) == target)).cpu())
+        survivors: npt.NDArray[np.bool_] | None = None
+        warned: tuple[str, ...] = ()
+        if make_autoattack is not None:
+            nb_classes = model(inputs[:1].to(device)).shape[1]
+            adversary = make_autoattack(
+                model, norm=norm, eps=eps, seed=seed, version=autoattack_version, device=device, verbose=False
+            )
+            _fit_to_classes(adversary, nb_classes)
+            with _collected_warnings() as warned_list:
+                x_adv = adversary.run_standard_evaluation(inputs, labels, bs=batch_size)
+            warned = tuple(dict.fromkeys(warned_list))
+            survivors = torch.cat(
+                [
+                    _predict(model, z.to(device)).cpu() == t
+                    for z, t in zip(x_adv.split(batch_size), labels.split(batch_size), strict=True)
+                ]
+            ).numpy()
+            for message in warned:
+                logger.warning("AutoAttack: %s", message)
+    return RobustnessReport(
+        norm=norm,
+        eps=float(eps),
+        nb_examples=len(inputs),
+        clean=torch.cat(clean).numpy(),
+        pgd=torch.cat(robust).numpy(),
+        pgd_max_iter=pgd_max_iter,
+        autoattack=survivors,
+        autoattack_version=autoattack_version,
+        warnings=warned,
+        seconds=time.perf_counter() - start,
+        seed=seed,
+    )
+
+
+def write_robustbench_entry(
+    report: RobustnessReport,
+    *,
+    model_id: str,
+    dataset: str,
+    directory: str | os.PathLike[str] = ".",
+    link: str | None = None,
+    name: str | None = None,
+    authors: str | None = None,
+    venue: str | None = None,
+    architecture: str | None = None,
+    additional_data: bool = False,
+    footnote: str | None = None,
+) -> Path:
+    """
+    Write ``model_info/<dataset>/<threat model>/<model id>.json`` through RobustBench's own ``update_json``.
+
+    What keeps the result from being a claim to the leaderboard (fewer examples than it asks for, another ε, another
+    version of AutoAttack, a data set it does not have) is said in the entry's footnote.
+
+    :param report: What :func:`evaluate_robustness` returned, AutoAttack included; ``Linf`` or ``L2``.
+    :param model_id: RobustBench's key of the model, e.g. ``"Gopal2024Criticality_R18"``; the file's name.
+    :param dataset: ``"cifar10"``, ``"cifar100"``, ``"imagenet"``, or any other plain name.
+    :param directory: Where ``model_info`` is or shall be.
+    :param link: Link to the paper.
+    :param name: Title of the paper.
+    :param authors: Authors of the paper.
+    :param venue: Where it was published.
+    :param architecture: The network, as RobustBench writes it, e.g. ``"ResNet-18"``.
+    :param additional_data: Whether other training data were used.
+    :param footnote: What else readers should know.
+    :return: The file. One that is there already is updated.
+    :raises ValueError: If AutoAttack was not run, RobustBench has no such threat model, or a name cannot be a file's.
+    :raises ImportError: If RobustBench is not installed.
+    """
+    if report.autoattack_accuracy is None:
+        raise ValueError("`report` has no AutoAttack result; RobustBench's entries are made of it.")
+    if report.norm not in ("Linf", "L2"):
+        raise ValueError(f"`report`: RobustBench has entries for Linf and L2, got {report.norm}.")
+    for argument, value in (("model_id", model_id), ("dataset", dataset)):
+        if not value or Path(value).name != value or value.startswith("."):
+            raise ValueError(f"`{argument}` must be a plain file name, got {value!r}.")
+    utils = robustbench_utils()
+    from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
+
+    known = {member.value for member in BenchmarkDataset}
+    member = BenchmarkDataset(dataset) if dataset in known else SimpleNamespace(value=dataset)
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _working_directory(folder):
+        utils.update_json(
+            member, ThreatModel(report.norm), model_id, report.clean_accuracy, report.autoattack_accuracy, report.eps
+        )
+    path = folder / "model_info" / dataset / report.norm / f"{model_id}.json"
+    described = utils.ModelInfo(
+        link=link,
+        name=name,
+        authors=authors,
+        venue=venue,
+        architecture=architecture,
+        additional_data=additional_data,
+        number_forward_passes=1,
+        dataset=dataset,
+        eps=_as_robustbench_writes(report.eps),
+    )
+    notes = [*([footnote] if footnote else []), *_shortfalls(report, dataset)]
+    entry = json.loads(path.read_text(encoding="utf-8"))
+    entry.update({key: value for key, value in dataclasses.asdict(described).items() if value is not None})
+    entry["footnote"] = " ".join(notes) or None
+    path.write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def _shortfalls(report: RobustnessReport, dataset: str) -> list[str]:
+    """Say what keeps a result from being a leaderboard claim."""
+    asked = LEADERBOARDS.get(dataset)
+    if asked is None:
+        return [
+            f"Not a leaderboard result: RobustBench has no leaderboard for {dataset} ({report.nb_examples} examples)."
+        ]
+    found = []
+    if report.nb_examples < asked["nb_examples"]:
+        found.append(
+            f"evaluated on {report.nb_examples} of the {asked['nb_examples']} examples the leaderboard asks for"
+        )
+    eps = asked["eps"].get(report.norm)
+    if eps is None:
+        found.append(f"RobustBench has no {report.norm} leaderboard for {dataset}")
+    elif not np.isclose(report.eps, eps, rtol=1e-6):
+        found.append(f"ε = {_as_robustbench_writes(report.eps)} instead of {_as_robustbench_writes(eps)}")
+    if report.autoattack_version != "standard":
+        found.append(f"AutoAttack's {report.autoattack_version} version instead of the standard one")
+    return [f"Not a leaderboard result: {'; '.join(found)}."] if found else []
+
+
+def _as_robustbench_writes(eps: float) -> str:
+    """Write ε as a fraction of 255 where it is one, e.g. ``8/255``."""
+    pixels = eps * 255
+    return f"{round(pixels)}/255" if np.isclose(pixels, round(pixels), rtol=0, atol=1e-6) else f"{eps:g}"
+
+
+def _norm_name(norm: object) -> str:
+    for name, (spellings, _) in NORMS.items():
+        if norm in spellings:
+            return name
+    raise ValueError(f"`norm` must be 'Linf', 'L2' or 'L1' (or np.inf, 2, 1), got {norm!r}.")
+
+
+def _as_model(classifier_or_model: object) -> tuple[nn.Module, torch.device]:
+    if isinstance(classifier_or_model, PyTorchClassifier):
+        classifier = classifier_or_model
+        if classifier.clip_values is None or not np.allclose(
+            np.stack(np.broadcast_arrays(*classifier.clip_values)).reshape(2, -1).T, (0, 1)
+        ):
+            raise ValueError(
+                f"`classifier_or_model`: AutoAttack perturbs within [0, 1], so the classifier's clip_values must be "
+                f"(0, 1), got {classifier.clip_values}."
+            )
+        network = Network(classifier)
+        if not network.is_differentiable:
+            raise ValueError(
+                "`classifier_or_model`: its preprocessing is not PyTorch's, no gradient passes through it, and "
+                "AutoAttack's result would be false."
+            )
+        return _Logits(network), network.device
+    if isinstance(classifier_or_model, nn.Module):
+        tensor = next(classifier_or_model.parameters(), None)
+        return classifier_or_model, torch.device("cpu") if tensor is None else tensor.device
+    raise TypeError(
+        "`classifier_or_model` must be an ART PyTorchClassifier or a torch.nn.Module, "
+        f"got {type(classifier_or_model).__module__}.{type(classifier_or_model).__qualname__}."
+    )
+
+
+def _check_examples(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    x, y = np.asarray(x), np.asarray(y)
+    if y.ndim == 2:
+        y = y[:, 0] if y.shape[1] == 1 else y.argmax(axis=1)
+    if x.ndim != 4 or len(x) == 0 or len(x) != len(y):
+        raise ValueError(
+            f"`x` and `y` must be images of shape (n, channels, height, width) and as many labels, "
+            f"got shapes {x.shape} and {y.shape}."
+        )
+    if not np.issubdtype(x.dtype, np.floating) or not np.isfinite(x).all() or x.min() < 0 or x.max() > 1:
+        raise ValueError(f"`x` must be floating point in [0, 1], got {x.dtype} in [{x.min():.6g}, {x.max():.6g}].")
+    return torch.as_tensor(x.astype(np.float32)), torch.as_tensor(y.astype(np.int64))
+
+
+def _check_logits(model: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> None:
+    with torch.no_grad():
+        output = model(x)
+    if output.ndim != 2 or labels.min() < 0 or labels.max() >= output.shape[1]:
+        raise ValueError(
+            f"`y` holds labels from {int(labels.min())} to {int(labels.max())}; the network gives outputs of shape "
+            f"{tuple(output.shape)}."
+        )
+    if (output >= 0).all() and torch.allclose(output.sum(dim=1), torch.ones(len(output), device=x.device), atol=1e-4):
+        raise ValueError(
+            "`classifier_or_model` gives probabilities; AutoAttack's DLR loss needs logits, and its result would be "
+            "false. Remove the final softmax."
+        )
+
+
+def _fit_to_classes(adversary: Any, nb_classes: int) -> None:
+    """Keep the targeted attacks from asking for more target classes than there are (their default is nine)."""
+    if nb_classes < 4:
+        raise ValueError(
+            f"AutoAttack's targeted DLR loss needs at least 4 classes, the network has {nb_classes}. Pass "
+            "`autoattack_version=None`."
+        )
+    for attack in (adversary.apgd_targeted, adversary.fab):
+        attack.n_target_classes = min(attack.n_target_classes, nb_classes - 1)
+
+
+def _predict(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(x).argmax(dim=1)  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _without_weight_gradients(model: nn.Module) -> Iterator[None]:
+    """AutoAttack calls ``backward``: without this it would leave gradients on the user's parameters."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextlib.contextmanager
+def _collected_warnings() -> Iterator[list[str]]:
+    """Collect what AutoAttack's checks warn of in the logger it uses, or through `warnings`."""
+    import warnings
+
+    messages: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    handler = Collect(logging.WARNING)
+    source = logging.getLogger("auto-attack")
+    source.addHandler(handler)
+    propagate, source.propagate = source.propagate, False  # they are logged again, once each, with what they are of
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield messages
+        messages += [str(w.message) for w in caught if "autoattack" in w.filename]
+    finally:
+        source.removeHandler(handler)
+        source.propagate = propagate
+
+
+@contextlib.contextmanager
+def _working_directory(path: Path) -> Iterator[None]:
+    """RobustBench writes below the working directory."""
+    before = Path.cwd()
+    try:
+        os.chdir(path)
+        yield
+    finally:
+        os.chdir(before)

@@ -1,0 +1,130 @@
+import numpy as np
+import pytest
+import torch
+from art.attacks.evasion import (
+    BasicIterativeMethod,
+    DeepFool,
+    FastGradientMethod,
+    MomentumIterativeMethod,
+    ProjectedGradientDescent,
+    ProjectedGradientDescentPyTorch,
+)
+from conftest import make_attack, make_classifier
+
+from art_clat.attacks import L1Ball, L2Ball, LinfBall, OutputAttack
+from art_clat.network import Network
+
+NORMS = [np.inf, "inf", 2, 1]
+SIZES = {np.inf: 0.1, "inf": 0.1, 2: 0.5, 1: 2.0}
+
+
+def run(attack, classifier, x, y):
+    return OutputAttack(attack, Network(classifier))(torch.tensor(x), torch.tensor(y)).numpy()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("cls", [ProjectedGradientDescent, ProjectedGradientDescentPyTorch, FastGradientMethod])
+def test_same_adversarial_examples_as_art(chain, data, norm, cls):
+    classifier = make_classifier(chain, preprocessing=((0.4, 0.3), (0.2, 0.5)))
+    eps = SIZES[norm]
+    iterated = {} if cls is FastGradientMethod else {"max_iter": 5, "verbose": False}
+    attack = cls(classifier, norm=norm, eps=eps, eps_step=eps / 3, **iterated)
+    ours = run(attack, classifier, *data)
+    assert np.abs(ours - data[0]).max() > 0.01
+    np.testing.assert_allclose(ours, attack.generate(*data), atol=1e-6)
+
+
+@pytest.mark.parametrize("clip_values", [None, (0.0, 1.0), (np.zeros((2, 6, 6)), np.full((2, 6, 6), 0.6))])
+def test_clip_values_as_art_applies_them(chain, data, clip_values):
+    classifier = make_classifier(chain, clip_values=clip_values)
+    x, y = np.clip(data[0], 0, 0.6), data[1]
+    attack = BasicIterativeMethod(classifier, eps=0.3, eps_step=0.1, max_iter=5, verbose=False)
+    np.testing.assert_allclose(run(attack, classifier, x, y), attack.generate(x, y), atol=1e-6)
+
+
+def test_momentum_as_art_accumulates_it(chain, data):
+    classifier = make_classifier(chain)
+    attack = MomentumIterativeMethod(classifier, eps=0.2, eps_step=0.03, decay=0.7, max_iter=6, verbose=False)
+    plain = BasicIterativeMethod(classifier, eps=0.2, eps_step=0.03, max_iter=6, verbose=False)
+    ours = run(attack, classifier, *data)
+    np.testing.assert_allclose(ours, attack.generate(*data), atol=1e-6)
+    assert not np.allclose(ours, run(plain, classifier, *data), atol=1e-3)
+
+
+def test_an_epsilon_for_every_pixel(chain, data):
+    classifier = make_classifier(chain)
+    eps = np.linspace(0.0, 0.2, 36, dtype=np.float32).reshape(1, 1, 6, 6) * np.ones((1, 2, 1, 1), np.float32)
+    attack = ProjectedGradientDescent(classifier, eps=eps[0], eps_step=eps[0] / 3 + 1e-3, max_iter=5, verbose=False)
+    delta = run(attack, classifier, *data) - data[0]
+    assert (np.abs(delta) <= eps + 1e-6).all() and np.abs(delta).max() > 0.1
+
+
+def test_changing_the_attack_takes_effect(chain, data):
+    classifier = make_classifier(chain)
+    attack = make_attack(classifier, eps=0.1)
+    ours = OutputAttack(attack, Network(classifier))
+    attack.set_params(eps=0.02)
+    assert (ours(*map(torch.tensor, data)) - torch.tensor(data[0])).abs().max() < 0.021
+
+
+@pytest.mark.parametrize(("ball", "order", "eps"), [(LinfBall, np.inf, 0.3), (L2Ball, 2, 1.5), (L1Ball, 1, 4.0)])
+def test_random_start_is_uniform_in_the_ball(ball, order, eps):
+    x = torch.zeros(20_000, 2, 3)
+    delta = ball(torch.tensor(eps), None).sample(x).flatten(1)
+    radii = torch.linalg.vector_norm(delta, ord=order, dim=1)
+    assert radii.max() <= eps * (1 + 1e-5)
+    # In d dimensions the share of a ball within radius r of it is r**d; half of it within (1/2)**(1/d).
+    inside = (radii <= eps * 0.5 ** (1 / 6)).double().mean().item()
+    assert abs(inside - 0.5) < 4 * 0.5 / 20_000**0.5
+    assert delta.mean(0).abs().max() < 0.02 * eps
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_perturbations_stay_in_the_ball_and_the_box(chain, data, norm):
+    classifier = make_classifier(chain)
+    attack = make_attack(classifier, norm=norm, eps=SIZES[norm], eps_step=SIZES[norm], num_random_init=1)
+    x_adv = run(attack, classifier, *data)
+    size = np.linalg.norm((x_adv - data[0]).reshape(len(x_adv), -1), ord=float(norm), axis=1)
+    assert size.max() <= SIZES[norm] * (1 + 1e-4) and size.min() > 0
+    assert x_adv.min() >= 0 and x_adv.max() <= 1
+
+
+def test_restarts_keep_whatever_fools(chain, data):
+    classifier = make_classifier(chain)
+    x, y = data[0], classifier.predict(data[0]).argmax(1)
+    fooled = []
+    for restarts in (1, 8):
+        torch.manual_seed(1)
+        x_adv = run(make_attack(classifier, eps=0.05, max_iter=1, num_random_init=restarts), classifier, x, y)
+        fooled.append(classifier.predict(x_adv).argmax(1) != y)
+    assert (fooled[1] >= fooled[0]).all() and fooled[1].sum() > fooled[0].sum()
+
+
+def test_any_other_attack_runs_through_its_own_generate(chain, data):
+    classifier = make_classifier(chain)
+    attack = DeepFool(classifier, max_iter=5, verbose=True, batch_size=16)
+    ours = OutputAttack(attack, Network(classifier))
+    assert ours.ascent is None
+    x_adv = ours(*map(torch.tensor, data))
+    np.testing.assert_allclose(x_adv.numpy(), attack.generate(*data), atol=1e-6)
+    assert attack.verbose is True
+
+
+@pytest.mark.parametrize("option", [{"random_eps": True}, {"norm": 3}])
+def test_options_that_mean_nothing_in_a_batch_run_through_generate(chain, option):
+    classifier = make_classifier(chain)
+    attack = OutputAttack(make_attack(classifier, **option), Network(classifier))
+    assert attack.ascent is None
+
+
+def test_the_attack_leaves_modes_gradients_and_inputs_alone(normed, data):
+    classifier = make_classifier(normed)
+    normed.train()
+    normed.bn2.eval()
+    state = {name: value.clone() for name, value in normed.state_dict().items()}
+    x = torch.tensor(data[0])
+    OutputAttack(make_attack(classifier), Network(classifier))(x, torch.tensor(data[1]))
+    assert normed.training and normed.bn1.training and not normed.bn2.training
+    assert all(p.grad is None for p in normed.parameters())
+    assert all(torch.equal(value, state[name]) for name, value in normed.state_dict().items())
+    np.testing.assert_array_equal(x.numpy(), data[0])

@@ -1,0 +1,203 @@
+import copy
+import random
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import Normed, make_attack, make_classifier
+from torch import nn
+
+from art_clat import measure_criticality
+from art_clat.layers import find_layers
+from art_clat.selection import eligible_layers, most_critical
+
+
+def by_hand(features, x, x_adv):
+    """Eq. 2 and 3, sample by sample."""
+    clean, perturbed = features(torch.tensor(x)), features(torch.tensor(x_adv))
+    weakness = {}
+    for name in clean:
+        norms = [float(((b - a) ** 2).sum().sqrt()) for a, b in zip(clean[name], perturbed[name], strict=True)]
+        weakness[name] = sum(norms) / len(norms) / clean[name][0].numel()
+    distance = np.sqrt(((x_adv - x).reshape(len(x), -1).astype(float) ** 2).sum(1))
+    previous = [distance.mean() / x[0].size, *weakness.values()]
+    return weakness, {name: weakness[name] / before for name, before in zip(weakness, previous, strict=False)}
+
+
+@pytest.mark.parametrize("norm", [np.inf, 2, 1])
+def test_equals_a_direct_computation(chain, data, norm):
+    classifier = make_classifier(chain)
+    attack = make_attack(classifier, norm=norm, eps={np.inf: 0.1, 2: 0.5, 1: 2.0}[norm])
+    measured = measure_criticality(classifier, *data, attack=attack, batch_size=20)
+    with torch.no_grad():
+        weakness, criticality = by_hand(chain.features, data[0], attack.generate(*data))
+    assert [layer.name for layer in measured] == list(weakness)
+    for layer in measured:
+        assert layer.weakness == pytest.approx(weakness[layer.name], rel=1e-6)
+        assert layer.criticality == pytest.approx(criticality[layer.name], rel=1e-6)
+        assert layer.nb_parameters == sum(p.numel() for p in getattr(chain, layer.name).parameters())
+
+
+@pytest.mark.parametrize("after_norm", [False, True])
+def test_equals_a_direct_computation_before_and_after_a_norm(normed, data, after_norm):
+    def features(x):
+        def layer(x, conv, bn):
+            conv_out = nn.functional.conv2d(x, conv.weight, padding=1)
+            scale = bn.weight / (bn.running_var + bn.eps).sqrt()
+            bn_out = (conv_out - bn.running_mean.view(-1, 1, 1)) * scale.view(-1, 1, 1) + bn.bias.view(-1, 1, 1)
+            return (bn_out if after_norm else conv_out), bn_out.relu()
+
+        one, x = layer(x, normed.conv1, normed.bn1)
+        two, y = layer(x, normed.conv2, normed.bn2)
+        three, z = layer(x + y, normed.conv3, normed.bn3)
+        return {"conv1": one, "conv2": two, "conv3": three, "fc": normed.fc(z.mean((2, 3)))}
+
+    classifier = make_classifier(normed)
+    attack = make_attack(classifier)
+    measured = measure_criticality(classifier, *data, attack=attack, after_norm=after_norm)
+    with torch.no_grad():
+        weakness, criticality = by_hand(features, data[0], attack.generate(*data))
+    assert [layer.weakness for layer in measured] == pytest.approx(list(weakness.values()), rel=1e-5)
+    assert [layer.criticality for layer in measured] == pytest.approx(list(criticality.values()), rel=1e-5)
+
+
+def test_after_the_norm_the_scale_before_it_does_not_matter(data):
+    torch.manual_seed(3)
+    model = Normed()
+    scaled = copy.deepcopy(model)
+    with torch.no_grad():
+        scaled.conv2.weight.mul_(0.1)
+        scaled.bn2.running_mean.mul_(0.1)
+        scaled.bn2.running_var.mul_(0.01)
+        scaled.bn2.eps *= 0.01
+    figures = {}
+    for after_norm in (False, True):
+        for network in (model, scaled):
+            classifier = make_classifier(network)
+            measured = measure_criticality(classifier, *data, attack=make_attack(classifier), after_norm=after_norm)
+            figures.setdefault(after_norm, []).append([layer.criticality for layer in measured])
+    assert figures[True][0] == pytest.approx(figures[True][1], rel=1e-4)
+    assert figures[False][0][1] == pytest.approx(10 * figures[False][1][1], rel=1e-4)
+
+
+def test_does_not_depend_on_where_the_normalisation_lives(chain, data):
+    outside = make_classifier(copy.deepcopy(chain), preprocessing=(0.4, 0.25))
+
+    class Inside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.chain = copy.deepcopy(chain)
+
+        def forward(self, x):
+            return self.chain((x - 0.4) / 0.25)
+
+    inside = make_classifier(Inside())
+    first, second = (measure_criticality(c, *data, attack=make_attack(c)) for c in (outside, inside))
+    assert [a.criticality for a in first] == pytest.approx([b.criticality for b in second], rel=1e-5)
+
+
+def test_does_not_depend_on_batches_or_label_format(chain, data):
+    classifier = make_classifier(chain)
+    attack = make_attack(classifier)
+    one_hot = np.eye(4, dtype=np.float32)[data[1]]
+    whole = measure_criticality(classifier, *data, attack=attack, batch_size=48)
+    parts = measure_criticality(classifier, data[0], one_hot, attack=attack, batch_size=7)
+    assert [a.criticality for a in whole] == pytest.approx([b.criticality for b in parts], rel=1e-5)
+
+
+def test_without_labels_the_predictions_are_attacked(chain, data):
+    classifier = make_classifier(chain)
+    attack = make_attack(classifier)
+    predicted = classifier.predict(data[0]).argmax(axis=1)
+    assert measure_criticality(classifier, data[0], attack=attack) == measure_criticality(
+        classifier, data[0], predicted, attack=attack
+    )
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_network_and_random_generators_come_back_as_they_were(normed, data, fails):
+    classifier = make_classifier(normed)
+    normed.train()
+    normed.bn2.eval()
+    normed.conv1.weight.requires_grad_(False)
+    own = normed.conv3.register_forward_hook(lambda *_: None)
+    attack = make_attack(classifier, num_random_init=1)
+    random.seed(1)
+    state = {name: value.clone() for name, value in normed.state_dict().items()}
+    generators = (random.getstate(), torch.get_rng_state().tolist(), np.random.get_state()[1].tolist())
+    if fails:
+        calls = []
+
+        def interrupt(*_):
+            calls.append(1)
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+
+        handle = normed.fc.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            measure_criticality(classifier, *data, attack=attack)
+        handle.remove()
+    else:
+        measure_criticality(classifier, *data, attack=attack)
+    assert (random.getstate(), torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()) == generators
+    assert [m.training for m in (normed, normed.bn1, normed.bn2)] == [True, True, False]
+    assert [name for name, p in normed.named_parameters() if not p.requires_grad] == ["conv1.weight"]
+    assert [len(m._forward_hooks) for m in normed.modules()].count(1) == 1 and own.id in normed.conv3._forward_hooks
+    assert all(torch.equal(value, state[name]) for name, value in normed.state_dict().items())
+    assert all(p.grad is None for p in normed.parameters())
+
+
+def test_attack_that_moves_nothing_is_refused(chain, data):
+    classifier = make_classifier(chain)
+    with pytest.raises(ValueError, match="moved no input"):
+        measure_criticality(classifier, *data, attack=make_attack(classifier, max_iter=0))
+
+
+def test_table_and_bar_chart(chain, data, tmp_path):
+    classifier = make_classifier(chain)
+    measured = measure_criticality(classifier, *data, attack=make_attack(classifier))
+    lines = str(measured).splitlines()
+    assert len(lines) == 5 and lines[-1].endswith("(head)")
+    assert all(f"{layer.criticality:.4g}" in line for layer, line in zip(measured, lines[1:], strict=True))
+    ax = measured.plot()
+    assert [bar.get_height() for bar in ax.patches] == pytest.approx([layer.criticality for layer in measured])
+    ax.figure.savefig(tmp_path / "bars.png")
+
+
+def test_measures_a_transformer(data):
+    model = timm.create_model("vit_tiny_patch16_224", img_size=6, patch_size=3, depth=2, num_classes=4, in_chans=2)
+    classifier = make_classifier(model)
+    measured = measure_criticality(classifier, *data, attack=make_attack(classifier))
+    assert len(measured) == 10 and all(layer.weakness > 0 for layer in measured)
+
+
+class TestSelection:
+    @pytest.fixture
+    def case(self, chain, data):
+        classifier = make_classifier(chain)
+        measured = measure_criticality(classifier, *data, attack=make_attack(classifier))
+        layers = find_layers(chain, lambda: chain(torch.tensor(data[0][:7])))
+        return measured, layers
+
+    @pytest.mark.parametrize(("fraction", "count"), [(0.05, 1), (0.25, 1), (0.5, 2), (0.75, 3), (1.0, 4)])
+    def test_takes_the_largest_indices(self, case, fraction, count):
+        measured, layers = case
+        chosen = most_critical(measured, layers, layers, fraction=fraction)
+        index = {layer.name: layer.criticality for layer in measured}
+        largest = sorted(index, key=index.get)[-count:]
+        assert [layer.name for layer in chosen] == [layer.name for layer in layers if layer.name in largest]
+
+    def test_head_is_left_out_unless_asked_for(self, case):
+        _, layers = case
+        assert [x.name for x in eligible_layers(layers, head_eligible=False)] == ["first", "second", "hidden"]
+        assert len(eligible_layers(layers, head_eligible=True)) == 4
+
+    def test_frozen_layers_are_not_eligible(self, case, chain):
+        _, layers = case
+        chain.second.requires_grad_(False)
+        chain.hidden.bias.requires_grad_(False)
+        assert [x.name for x in eligible_layers(layers, head_eligible=False)] == ["first", "hidden"]
+        chain.requires_grad_(False)
+        with pytest.raises(ValueError, match="requires_grad=False"):
+            eligible_layers(layers, head_eligible=True)

@@ -1,0 +1,157 @@
+import pytest
+import timm
+import torch
+from conftest import Normed
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from art_clat.layers import PROBE_SIZE, find_layers, is_weighted_model, only_trainable, train_only
+
+
+def layers_of(model, *shape, **kwargs):
+    model.eval()
+    return find_layers(model, lambda: model(torch.rand(PROBE_SIZE, *shape)), **kwargs)
+
+
+def test_residual_backbone_in_execution_order_with_its_shapes():
+    layers = layers_of(timm.create_model("resnet18", num_classes=10), 3, 64, 64)
+    block = [(f"{i}.{j}.conv{k}") for i in range(4) for j in range(2) for k in (1, 2)]
+    names = [layer.name.removeprefix("layer") for layer in layers]
+    assert names[0] == "conv1" and names[-1] == "fc" and len(layers) == 21
+    assert [n for n in names[1:-1] if "downsample" not in n] == [f"{int(n[0]) + 1}{n[1:]}" for n in block]
+    assert names.index("2.0.downsample.0") == names.index("2.0.conv2") + 1  # runs after the block's convolutions
+    shapes = {layer.name: layer.shape for layer in layers}
+    assert shapes["conv1"] == (64, 32, 32)
+    assert shapes["layer1.0.conv1"] == (64, 16, 16)
+    assert shapes["layer4.1.conv2"] == (512, 2, 2)
+    assert shapes["fc"] == (10,)
+    assert [layer.name for layer in layers if layer.is_head] == ["fc"]
+
+
+def test_transformer_backbone_in_execution_order_with_its_shapes():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=10)
+    layers = layers_of(model, 3, 32, 32)
+    per_block = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
+    expected = ["patch_embed.proj", *(f"blocks.{i}.{name}" for i in range(2) for name in per_block), "head"]
+    assert [layer.name for layer in layers] == expected
+    shapes = {layer.name: layer.shape for layer in layers}
+    assert shapes["patch_embed.proj"] == (192, 4, 4)
+    assert shapes["blocks.0.attn.qkv"] == (17, 576)
+    assert shapes["blocks.1.mlp.fc1"] == (17, 768)
+    assert all(layer.size == torch.Size(layer.shape).numel() for layer in layers)
+
+
+def test_windowed_features_count_per_sample():
+    model = timm.create_model("swin_tiny_patch4_window7_224", img_size=56, window_size=7, depths=(1, 1, 1, 1))
+    layers = {layer.name: layer for layer in layers_of(model, 3, 56, 56)}
+    assert layers["layers.0.blocks.0.attn.qkv"].shape == (4, 49, 288)  # four windows of 7×7 tokens
+    assert layers["layers.0.blocks.0.attn.qkv"].size == 4 * 49 * 288
+
+
+def test_norm_belongs_to_the_layer_whose_output_it_takes():
+    model = Normed()
+    by_name = {layer.name: layer for layer in layers_of(model, 2, 6, 6)}
+    assert by_name["conv2"].modules == (model.conv2, model.bn2)
+    assert by_name["conv2"].nb_parameters == 6 * 6 * 9 + 12
+    assert by_name["fc"].modules == (model.fc,)
+
+
+def test_norm_of_another_tensor_belongs_to_no_layer():
+    class PreActivation(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.bn = nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)
+            self.conv, self.fc = nn.Conv2d(2, 2, 1), nn.Linear(2, 4)
+
+        def forward(self, x):
+            x = self.stem(x) + x  # the norm's input is the sum, not the stem's output
+            return self.fc(self.conv(self.bn(x)).mean((2, 3)))
+
+    model = PreActivation()
+    assert all(model.bn not in layer.modules for layer in layers_of(model, 2, 6, 6))
+
+
+@pytest.mark.parametrize("after_norm", [False, True])
+def test_feature_is_taken_before_or_after_the_norm(after_norm):
+    model = Normed()
+    layer = layers_of(model, 2, 6, 6, after_norm=after_norm)[0]
+    assert layer.output is (model.bn1 if after_norm else model.conv1)
+
+
+def test_shared_layer_is_one_layer_that_runs_twice():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.head(self.fc(self.fc(x).relu()))
+
+    first, head = layers_of(Shared(), 6)
+    assert (first.name, first.calls, first.size) == ("fc", 2, 12)
+    assert (head.calls, head.size) == (1, 4)
+
+
+def test_module_that_never_runs_and_tables_without_a_batch_are_no_layers():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unused, self.table, self.head = nn.Linear(6, 6), nn.Embedding(8, 6), nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.head(x + self.table(torch.arange(8)).sum(0))
+
+    assert [layer.name for layer in layers_of(Odd(), 6)] == ["head"]
+
+
+def test_attention_module_and_parametrized_weights_are_layers():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+            self.fc = parametrizations.spectral_norm(nn.Linear(6, 4))
+
+        def forward(self, x):
+            return self.fc(self.attention(x, x, x)[0].mean(1))
+
+    layers = layers_of(Attention(), 5, 6)
+    assert [(layer.name, layer.shape) for layer in layers] == [("attention", (5, 6)), ("fc", (4,))]
+    assert layers[0].nb_parameters == 4 * 36 + 4 * 6
+
+
+def test_hooks_are_gone_afterwards_also_when_the_network_fails():
+    model = Normed().eval()
+
+    def fail():
+        model(torch.rand(PROBE_SIZE, 2, 6, 6))
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        find_layers(model, fail)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_network_without_weights_is_refused():
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(6))
+    assert not is_weighted_model(model)
+    with pytest.raises(ValueError, match="no weighted layer"):
+        layers_of(model, 6)
+
+
+def test_only_trainable_freezes_the_rest_and_puts_flags_back():
+    model = Normed()
+    layers = layers_of(model, 2, 6, 6)
+    model.fc.bias.requires_grad_(False)
+    before = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(KeyboardInterrupt), only_trainable(model, [layers[1], layers[3]]):
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert trained == {"conv2.weight", "bn2.weight", "bn2.bias", "fc.weight"}  # the user's frozen bias stays so
+        raise KeyboardInterrupt
+    assert [p.requires_grad for p in model.parameters()] == before
+
+
+def test_train_only_puts_the_rest_in_evaluation_mode():
+    model = Normed()
+    layers = layers_of(model, 2, 6, 6)
+    train_only(model, layers[1:2])
+    assert {name for name, module in model.named_modules() if module.training} == {"conv2", "bn2"}
