@@ -145,8 +145,9 @@ class Ascent:
         x_adv = ball.clip(x + ball.sample(x)) if self.random_start else x.clone()
         velocity = torch.zeros_like(x)
         for _ in range(self.nb_steps):
-            x_adv.requires_grad_(True)
-            (gradient,) = torch.autograd.grad(objective(x_adv).sum(), x_adv)
+            with torch.enable_grad():
+                x_adv.requires_grad_(True)
+                (gradient,) = torch.autograd.grad(objective(x_adv).sum(), x_adv)
             with torch.no_grad():
                 if self.decay is not None:
                     velocity = self.decay * velocity + _scaled(gradient, 1 / _norms(gradient, 1))

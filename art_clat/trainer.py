@@ -389,9 +389,10 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
 
         def check_finite(loss: BatchLoss | None) -> None:
             if loss is not None:
-                if torch.isfinite(loss.loss):
+                values_seen = [loss.loss.detach(), *(b.sum() for b, _ in buffers if b.is_floating_point())]
+                if torch.isfinite(torch.stack(values_seen)).all():
                     return
-                what = "loss"
+                what = "loss or a BatchNorm statistic"
                 values = f"cross-entropy {loss.cross_entropy:.4g}, criticality loss {loss.criticality_loss:.4g}"
             else:
                 gradients = [p.grad for p in self._network.model.parameters() if p.grad is not None]

@@ -1,0 +1,107 @@
+import pytest
+import torch
+from conftest import INPUT_SHAPE, make_attack, make_classifier
+from torch import nn
+
+from art_clat.attacks import OutputAttack
+from art_clat.layers import PROBE_SIZE, find_layers
+from art_clat.network import Network
+from art_clat.objectives import AdversarialCLAT, AdversarialTraining, CleanCLAT
+
+CHOSEN = ("second", "hidden")
+WEIGHT = 0.3
+
+
+@pytest.fixture
+def case(chain, data):
+    network = Network(make_classifier(chain))
+    layers = find_layers(chain, lambda: chain(torch.rand(PROBE_SIZE, *INPUT_SHAPE)))
+    chosen = [layer for layer in layers if layer.name in CHOSEN]
+    x, y = torch.tensor(data[0]), torch.tensor(data[1])
+    x_adv = (x + 0.1 * torch.randn_like(x)).clamp(0, 1)
+    return network, chosen, x, x_adv, y
+
+
+def distance_by_hand(chain, x, x_adv):
+    clean, perturbed = chain.features(x), chain.features(x_adv)
+    per_sample = [sum((p - c).flatten().norm() for p, c in pairs) for pairs in _by_sample(clean, perturbed)]
+    return torch.stack(per_sample)
+
+
+def _by_sample(clean, perturbed):
+    for i in range(len(clean["head"])):
+        yield [(perturbed[name][i], clean[name][i]) for name in CHOSEN]
+
+
+@pytest.mark.parametrize("reading", ["adversarial", "clean"])
+def test_loss_and_gradient_are_those_of_the_equations(chain, case, reading):
+    network, chosen, x, x_adv, y = case
+    objective = (AdversarialCLAT if reading == "adversarial" else CleanCLAT)(network, chosen, WEIGHT)
+    on = x_adv if reading == "adversarial" else x
+    cross_entropy = nn.functional.cross_entropy(chain.features(on)["head"], y)
+    distance = distance_by_hand(chain, x, x_adv).mean()
+    expected = cross_entropy + WEIGHT * distance
+    parameters = list(chain.parameters())
+    expected_gradients = torch.autograd.grad(expected, parameters)
+    got = objective.loss(x, x_adv, y)
+    torch.testing.assert_close(got.loss, expected)
+    torch.testing.assert_close(got.cross_entropy, cross_entropy.detach())
+    torch.testing.assert_close(got.criticality_loss, distance.detach())
+    torch.testing.assert_close(got.logits, chain.features(on)["head"].detach())
+    for ours, reference in zip(torch.autograd.grad(got.loss, parameters), expected_gradients, strict=True):
+        torch.testing.assert_close(ours, reference, atol=1e-5, rtol=1e-4)
+
+
+def test_inner_attack_of_eq_5_ascends_the_feature_distance_not_the_loss(chain, case):
+    network, chosen, x, _, y = case
+    attack = OutputAttack(make_attack(network.classifier, eps=0.1, eps_step=0.02, max_iter=20), network)
+    objective = CleanCLAT(network, chosen, WEIGHT)
+    x_adv = objective.perturb(attack, x, y)
+    assert (x_adv - x).abs().max() <= 0.1 + 1e-6
+    with torch.no_grad():
+        on_features = distance_by_hand(chain, x, x_adv)
+        on_output = distance_by_hand(chain, x, attack(x, y))
+        at_random = distance_by_hand(chain, x, (x + 0.1 * torch.randn_like(x).sign()).clamp(0, 1))
+        loss = [nn.functional.cross_entropy(chain(z), y) for z in (x_adv, attack(x, y))]
+    assert on_features.mean() > 1.2 * on_output.mean()
+    assert (on_features > at_random).all()
+    assert loss[0] < loss[1]
+
+
+def test_inner_attack_of_eq_5_ignores_the_labels(case):
+    network, chosen, x, _, y = case
+    attack = OutputAttack(make_attack(network.classifier), network)
+    objective = CleanCLAT(network, chosen, WEIGHT)
+    results = []
+    for labels in (y, (y + 1) % 4):
+        torch.manual_seed(5)
+        results.append(objective.perturb(attack, x, labels))
+    assert torch.equal(*results)
+
+
+def test_single_step_goes_to_the_edge_of_the_ball(case):
+    network, chosen, x, _, y = case
+    attack = OutputAttack(make_attack(network.classifier, eps=0.1, eps_step=0.001), network)
+    calls = []
+    handle = network.model.first.register_forward_hook(lambda *_: calls.append(1))
+    x_adv = CleanCLAT(network, chosen, WEIGHT, single_step=True).perturb(attack, x, y)
+    handle.remove()
+    assert len(calls) == 2  # the clean features, and one step
+    inside = (x_adv > 0) & (x_adv < 1)
+    assert ((x_adv - x).abs()[inside] > 0.099).double().mean() > 0.6
+
+
+@pytest.mark.parametrize("objective", [AdversarialTraining, AdversarialCLAT])
+def test_one_ordinary_attack(case, objective):
+    network, chosen, x, _, y = case
+    attack = OutputAttack(make_attack(network.classifier), network)
+    made = objective(network) if objective is AdversarialTraining else objective(network, chosen, WEIGHT)
+    assert torch.equal(made.perturb(attack, x, y), attack(x, y))
+
+
+def test_the_networks_own_preprocessing_and_loss_are_used(chain, data):
+    loss = nn.CrossEntropyLoss(label_smoothing=0.2)
+    network = Network(make_classifier(chain, loss=loss, preprocessing=(0.4, 0.25)))
+    x, y = torch.tensor(data[0]), torch.tensor(data[1])
+    expected = loss(chain.features((x - 0.4) / 0.25)["head"], y)
+    torch.testing.assert_close(AdversarialTraining(network).loss(x, x, y).loss, expected)

@@ -1,0 +1,284 @@
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from art.attacks.evasion import ProjectedGradientDescentPyTorch
+from art.estimators.classification import PyTorchClassifier
+from conftest import Normed, make_classifier
+from sklearn.datasets import load_digits
+from torch import nn
+
+from art_clat import create_backbone, evaluate_robustness, write_robustbench_entry
+from art_clat._robustbench import autoattack, robustbench_utils
+
+CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
+
+
+def small_network(channels):
+    return nn.Sequential(
+        nn.Conv2d(channels, 8, 3, padding=1, stride=2), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """A naturally trained classifier of real digits, and 40 digits it has not seen."""
+    torch.manual_seed(0)
+    data = load_digits()
+    x, y = (data.images[:, None] / 16).astype(np.float32), data.target
+    model = small_network(1)
+    classifier = PyTorchClassifier(
+        model, nn.CrossEntropyLoss(), (1, 8, 8), 10, torch.optim.Adam(model.parameters(), 0.01), clip_values=(0, 1),
+        device_type="cpu",
+    )  # fmt: skip
+    classifier.fit(x[:1500], y[:1500], nb_epochs=8, batch_size=64)
+    return classifier, x[1500:1540], y[1500:1540]
+
+
+@pytest.fixture(scope="module")
+def report(digits):
+    return evaluate_robustness(*digits, norm="Linf", eps=0.04)
+
+
+class TestEvaluation:
+    def test_clean_accuracy_is_the_classifiers(self, digits, report):
+        classifier, x, y = digits
+        np.testing.assert_array_equal(report.clean, classifier.predict(x).argmax(1) == y)
+        assert report.clean_accuracy == pytest.approx((classifier.predict(x).argmax(1) == y).mean())
+        assert report.clean_accuracy > 0.6
+
+    def test_pgd_agrees_with_arts(self, digits, report):
+        classifier, x, y = digits
+        attack = ProjectedGradientDescentPyTorch(
+            classifier, eps=0.04, eps_step=0.01, max_iter=20, num_random_init=1, verbose=False
+        )
+        art = (classifier.predict(attack.generate(x, y)).argmax(1) == y).mean()
+        assert report.pgd_accuracy == pytest.approx(art, abs=2.1 / 40)
+        assert (report.pgd <= report.clean).all()
+
+    def test_autoattack_is_the_authors_own_and_stronger(self, digits, report):
+        classifier, x, y = digits
+        network = classifier.model.eval()
+        adversary = autoattack().AutoAttack(network, norm="Linf", eps=0.04, seed=0, device="cpu", verbose=False)
+        assert any(base.__module__.split(".")[0] in ("autoattack", "pyautoattack") for base in type(adversary).__mro__)
+        x_adv = adversary.run_standard_evaluation(torch.tensor(x), torch.tensor(y), bs=128)
+        assert (x_adv - torch.tensor(x)).abs().max() <= 0.04 + 1e-6
+        with torch.no_grad():
+            np.testing.assert_array_equal(report.autoattack, (network(x_adv).argmax(1) == torch.tensor(y)).numpy())
+        assert 0 < report.autoattack_accuracy <= report.pgd_accuracy + 1 / 40
+        assert report.autoattack_accuracy < report.clean_accuracy
+
+    def test_classifier_and_network_get_the_same_verdicts(self, digits, report):
+        classifier, x, y = digits
+        again = evaluate_robustness(classifier.model, x, np.eye(10)[y], norm=np.inf, eps=0.04, autoattack_version=None)
+        np.testing.assert_array_equal(again.pgd, report.pgd)
+        assert again.autoattack is None and again.autoattack_accuracy is None
+
+    def test_the_classifiers_preprocessing_is_attacked_through(self, digits):
+        classifier, x, y = digits
+        scaled = PyTorchClassifier(
+            nn.Sequential(*classifier.model, nn.Identity()), nn.CrossEntropyLoss(), (1, 8, 8), 10, clip_values=(0, 1),
+            preprocessing=(0.0, 0.5), device_type="cpu",
+        )  # fmt: skip
+
+        class Doubled(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = classifier.model
+
+            def forward(self, x):
+                return self.inner(x / 0.5)
+
+        first, second = (
+            evaluate_robustness(c, x, y, norm=2, eps=0.2, autoattack_version=None) for c in (scaled, Doubled())
+        )
+        np.testing.assert_array_equal(first.pgd, second.pgd)
+
+    @pytest.mark.parametrize(("norm", "eps"), [("L2", 0.3), ("L1", 1.0)])
+    def test_other_norms(self, digits, norm, eps):
+        classifier, x, y = digits
+        report = evaluate_robustness(classifier, x[:8], y[:8], norm=norm, eps=eps)
+        assert report.norm == norm
+        assert report.autoattack_accuracy <= report.clean_accuracy
+
+    def test_fewer_than_ten_classes(self):
+        classifier = make_classifier(Normed())
+        rng = np.random.default_rng(0)
+        x, y = rng.random((6, 2, 6, 6), dtype=np.float32), rng.integers(0, 4, 6)
+        report = evaluate_robustness(classifier, x, y, norm="Linf", eps=0.1)
+        assert not any("target classes" in message for message in report.warnings)
+
+    def test_the_model_comes_back_as_it_was(self):
+        model = Normed().train()
+        model.bn2.eval()
+        model.conv1.weight.requires_grad_(False)
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        generators = (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist())
+        evaluate_robustness(model, np.random.default_rng(0).random((4, 2, 6, 6)), [0, 1, 2, 3], norm="Linf", eps=0.1)
+        assert [m.training for m in (model, model.bn1, model.bn2)] == [True, True, False]
+        assert not model.conv1.weight.requires_grad and model.conv2.weight.requires_grad
+        assert all(p.grad is None for p in model.parameters())
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+        assert (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()) == generators
+
+    def test_autoattacks_warnings_reach_the_user(self, caplog):
+        class Random(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.fc = nn.Linear(72, 10)
+
+            def forward(self, x):
+                return self.fc(x.flatten(1)) + torch.randn(len(x), 10)
+
+        x = np.random.default_rng(0).random((4, 2, 6, 6))
+        report = evaluate_robustness(Random(), x, [0, 1, 2, 3], norm="Linf", eps=0.1)
+        assert any("randomized" in message for message in report.warnings)
+        assert any("randomized" in record.message for record in caplog.records)
+
+    @pytest.mark.parametrize(
+        ("change", "match"),
+        [
+            ({"eps": 8}, "`eps` must be positive, and at most 1 for Linf"),
+            ({"eps": 0}, "`eps`"),
+            ({"norm": 3}, "`norm` must be"),
+            ({"autoattack_version": "best"}, "`autoattack_version`"),
+            ({"pgd_max_iter": 0}, "`pgd_max_iter`"),
+            ({"pgd_eps_step": -1.0}, "`pgd_eps_step`"),
+            ({"x": np.full((40, 1, 8, 8), 1.5)}, r"`x` must be floating point in \[0, 1\]"),
+            ({"x": np.zeros((40, 1, 8, 8), np.uint8)}, "got uint8"),
+            ({"x": np.zeros((40, 64))}, "`x` and `y` must be images"),
+            ({"y": np.full(40, 10)}, "`y` holds labels from 10 to 10"),
+        ],
+    )
+    def test_what_would_give_a_false_number_is_refused(self, digits, change, match):
+        classifier, x, y = digits
+        arguments = {"x": x, "y": y, "norm": "Linf", "eps": 0.1, **change}
+        with pytest.raises(ValueError, match=match):
+            evaluate_robustness(classifier, arguments.pop("x"), arguments.pop("y"), **arguments)
+
+    def test_models_that_would_give_a_false_number_are_refused(self, digits):
+        classifier, x, y = digits
+        with pytest.raises(ValueError, match="gives probabilities"):
+            evaluate_robustness(nn.Sequential(classifier.model, nn.Softmax(1)), x, y, norm="Linf", eps=0.1)
+        pixels = PyTorchClassifier(
+            classifier.model, nn.CrossEntropyLoss(), (1, 8, 8), 10, clip_values=(0, 255), device_type="cpu"
+        )
+        with pytest.raises(ValueError, match="clip_values must be"):
+            evaluate_robustness(pixels, x, y, norm="Linf", eps=0.1)
+        with pytest.raises(TypeError, match="`classifier_or_model` must be"):
+            evaluate_robustness(lambda x: x, x, y, norm="Linf", eps=0.1)
+        three = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+        with pytest.raises(ValueError, match="at least 4 classes"):
+            evaluate_robustness(three, x, y % 3, norm="Linf", eps=0.1)
+
+
+class TestRobustBenchEntry:
+    def test_has_the_fields_and_the_figures(self, report, tmp_path):
+        path = write_robustbench_entry(
+            report, model_id="Someone2026Digits", dataset="cifar10", directory=tmp_path, link="https://example.org",
+            name="A title", authors="Some One", venue="Nowhere 2026", architecture="ConvNet",
+        )  # fmt: skip
+        assert path == tmp_path / "model_info" / "cifar10" / "Linf" / "Someone2026Digits.json"
+        entry = json.loads(path.read_text())
+        model_info = robustbench_utils().ModelInfo(**entry)  # RobustBench's own fields, and no others
+        assert float(model_info.clean_acc) == pytest.approx(100 * report.clean_accuracy, abs=0.01)
+        assert float(model_info.autoattack_acc) == pytest.approx(100 * report.autoattack_accuracy, abs=0.01)
+        assert (model_info.authors, model_info.number_forward_passes, model_info.eps) == ("Some One", 1, "0.04")
+
+    def test_says_what_keeps_it_from_the_leaderboard(self, report, tmp_path):
+        def footnote(dataset):
+            return json.loads(
+                write_robustbench_entry(report, model_id="M", dataset=dataset, directory=tmp_path).read_text()
+            )["footnote"]
+
+        assert "evaluated on 40 of the 10000 examples" in footnote("cifar10")
+        assert "ε = 0.04 instead of 8/255" in footnote("cifar10")
+        assert "no leaderboard for digits" in footnote("digits")
+
+    def test_a_full_result_has_no_reservation(self, report, tmp_path):
+        import dataclasses
+
+        full = dataclasses.replace(report, nb_examples=10_000, eps=8 / 255)
+        path = write_robustbench_entry(full, model_id="M", dataset="cifar10", directory=tmp_path)
+        entry = json.loads(path.read_text())
+        assert entry["footnote"] is None and entry["eps"] == "8/255"
+
+    def test_updates_an_entry_that_is_there(self, report, tmp_path):
+        write_robustbench_entry(report, model_id="M", dataset="cifar10", directory=tmp_path, venue="First")
+        path = write_robustbench_entry(report, model_id="M", dataset="cifar10", directory=tmp_path, name="Second")
+        entry = json.loads(path.read_text())
+        assert (entry["venue"], entry["name"]) == ("First", "Second")
+
+    def test_leaves_the_working_directory(self, report, tmp_path):
+        before = os.getcwd()
+        write_robustbench_entry(report, model_id="M", dataset="cifar10", directory=tmp_path)
+        assert os.getcwd() == before
+
+    def test_bad_input(self, report, tmp_path):
+        import dataclasses
+
+        def write(report, **kwargs):
+            write_robustbench_entry(report, **{"model_id": "M", "dataset": "cifar10", "directory": tmp_path, **kwargs})
+
+        with pytest.raises(ValueError, match="no AutoAttack result"):
+            write(dataclasses.replace(report, autoattack=None))
+        with pytest.raises(ValueError, match="Linf and L2, got L1"):
+            write(dataclasses.replace(report, norm="L1"))
+        with pytest.raises(ValueError, match="`model_id` must be a plain file name"):
+            write(report, model_id="../M")
+
+
+def test_importing_the_package_does_not_import_the_evaluation_or_matplotlib():
+    code = (
+        "import sys, art_clat; loaded = set(sys.modules) & {'robustbench', 'autoattack', 'pyautoattack', "
+        "'matplotlib.figure'}; sys.exit(str(loaded) if loaded else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(not CIFAR10.exists(), reason="no CIFAR-10 at ../shared/data/cifar10")
+def test_robustbenchs_own_benchmark_agrees_on_real_cifar10(tmp_path):
+    subprocess.run([sys.executable, str(CIFAR10 / "unpack.py"), str(tmp_path), "test_batch"], check=True)
+    # RobustBench's loader asks torchvision for the training batches' checksums too, for `download=True`.
+    robustbench_utils()
+    import robustbench.data
+    from robustbench.eval import benchmark
+
+    torch.manual_seed(0)
+    model = small_network(3)
+    with pytest.MonkeyPatch.context() as patch:
+        cifar10 = robustbench.data.datasets.CIFAR10
+        patch.setattr(cifar10, "train_list", [])
+        x, y = robustbench.data.load_cifar10(264, str(tmp_path))
+        optimizer = torch.optim.Adam(model.parameters(), 0.01)
+        for _ in range(60):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x[24:]), y[24:]).backward()
+            optimizer.step()
+        model.eval()
+        ours = evaluate_robustness(model, x[:24].numpy(), y[:24].numpy(), norm="Linf", eps=1 / 255)
+        with contextlib.chdir(tmp_path) if hasattr(contextlib, "chdir") else pytest.skip("needs Python 3.11"):
+            clean, robust = benchmark(
+                model, n_examples=24, dataset="cifar10", threat_model="Linf", eps=1 / 255, to_disk=True,
+                model_name="Theirs", data_dir=str(tmp_path), device=torch.device("cpu"), batch_size=24,
+            )  # fmt: skip
+    assert clean == pytest.approx(ours.clean_accuracy)
+    assert robust == pytest.approx(ours.autoattack_accuracy, abs=1.01 / 24)  # RobustBench leaves AutoAttack unseeded
+    assert clean > robust > 0
+    path = write_robustbench_entry(ours, model_id="Ours", dataset="cifar10", directory=tmp_path)
+    theirs = json.loads((path.parent / "Theirs.json").read_text())
+    assert set(theirs) == set(json.loads(path.read_text()))
+
+
+def test_backbone_takes_images_as_robustbench_does():
+    """Inputs in [0, 1] and a normalisation inside, so that nothing else is needed before the network."""
+    model = create_backbone("resnet10t", num_classes=10, channels=(4, 4, 8, 8), stem_width=4).eval()
+    x, y = np.random.default_rng(0).random((4, 3, 32, 32)), np.arange(4)
+    assert evaluate_robustness(model, x, y, norm="Linf", eps=8 / 255, autoattack_version=None).nb_examples == 4

@@ -1,0 +1,582 @@
+import copy
+import logging
+import random
+
+import numpy as np
+import pytest
+import torch
+from art.attacks.evasion import BasicIterativeMethod, DeepFool, FastGradientMethod, ProjectedGradientDescent
+from art.data_generators import NumpyDataGenerator, PyTorchDataGenerator
+from art.defences.preprocessor import GaussianAugmentation, Preprocessor
+from art.defences.trainer import AdversarialTrainer, AdversarialTrainerMadryPGD
+from art.estimators.classification import HuggingFaceClassifierPyTorch, PyTorchClassifier
+from conftest import INPUT_SHAPE, Chain, Normed, make_attack, make_classifier
+from torch import nn
+
+from art_clat import AdversarialTrainerCLATPyTorch, measure_criticality
+
+QUIET = {"verbose": False}
+
+
+def make_trainer(classifier, attacks=None, **kwargs):
+    settings = {"seed": 0, "criticality_weight": 0.1, **kwargs}
+    return AdversarialTrainerCLATPyTorch(classifier, attacks or make_attack(classifier), **settings)
+
+
+def snapshot(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def moved(model, before):
+    return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+
+
+class TestHabitsOfART:
+    def test_is_an_adversarial_trainer(self, chain):
+        classifier = make_classifier(chain)
+        trainer = make_trainer(classifier)
+        assert isinstance(trainer, AdversarialTrainer)
+        assert trainer.classifier is classifier is trainer.get_classifier()
+
+    def test_predicts_as_the_classifier(self, chain, data):
+        classifier = make_classifier(chain)
+        trainer = make_trainer(classifier)
+        trainer.fit(*data, nb_epochs=1, **QUIET)
+        np.testing.assert_array_equal(trainer.predict(data[0]), classifier.predict(data[0]))
+
+    def test_label_formats_are_one_and_the_same(self, data):
+        states = []
+        for labels in (data[1], data[1][:, None], np.eye(4, dtype=np.float32)[data[1]], data[1].astype(np.float32)):
+            torch.manual_seed(1)
+            model = Chain()
+            make_trainer(make_classifier(model), warmup=1).fit(data[0], labels, batch_size=16, nb_epochs=3, **QUIET)
+            states.append(snapshot(model))
+        assert all(not moved_state for state in states[1:] for moved_state in [_differences(states[0], state)])
+
+    def test_inputs_are_left_unmodified(self, chain, data):
+        x, y = data[0].copy(), data[1].copy()
+        make_trainer(make_classifier(chain), ratio=0.5).fit(
+            x, y, validation_data=(x, y), nb_epochs=2, batch_size=16, **QUIET
+        )
+        np.testing.assert_array_equal(x, data[0])
+        np.testing.assert_array_equal(y, data[1])
+
+    @pytest.mark.parametrize("kind", ["numpy", "torch"])
+    def test_generators(self, chain, data, kind):
+        if kind == "numpy":
+            generator = NumpyDataGenerator(*data, batch_size=16)
+        else:
+            dataset = torch.utils.data.TensorDataset(torch.tensor(data[0]), torch.tensor(data[1]))
+            loader = torch.utils.data.DataLoader(dataset, batch_size=16)
+            generator = PyTorchDataGenerator(loader, size=48, batch_size=16)
+        batches = []
+        original = generator.get_batch
+        generator.get_batch = lambda: batches.append(1) or original()
+        trainer = make_trainer(make_classifier(chain), warmup=1, selection_samples=20)
+        before = snapshot(chain)
+        trainer.fit_generator(generator, nb_epochs=3, validation_data=data, **QUIET)
+        assert len(batches) == 3 * 3  # what criticality was measured on is trained on too
+        assert [record.stage for record in trainer.history.epochs] == ["adversarial training", "clat", "clat"]
+        assert trainer.history.selections[0].measured.nb_samples == 32
+        assert moved(chain, before)
+
+    def test_several_attacks_are_rotated(self, chain, data):
+        classifier = make_classifier(chain)
+        attacks = [FastGradientMethod(classifier, eps=0.1), BasicIterativeMethod(classifier, 0.1, 0.05, 2)]
+        trainer = make_trainer(classifier, attacks)
+        seen = []
+        perturb = trainer._perturb
+        trainer._perturb = lambda objective, attack, *args: (
+            seen.append(attack.attack) or perturb(objective, attack, *args)
+        )
+        trainer.fit(*data, batch_size=16, nb_epochs=2, **QUIET)
+        assert seen == attacks * 3
+
+    def test_ratio_is_the_share_that_is_perturbed(self, chain, data):
+        classifier = make_classifier(chain)
+        trainer = make_trainer(classifier, ratio=0.3)
+        shares = []
+        perturb = trainer._perturb
+
+        def recording(objective, attack, x, y):
+            x_adv = perturb(objective, attack, x, y)
+            shares.append(int((x_adv != x).flatten(1).any(1).sum()))
+            return x_adv
+
+        trainer._perturb = recording
+        trainer.fit(*data, batch_size=16, nb_epochs=1, **QUIET)
+        assert shares == [5, 5, 5]
+
+    def test_attacks_of_any_kind(self, chain, data):
+        classifier = make_classifier(chain)
+        attack = DeepFool(classifier, max_iter=2, verbose=True)
+        trainer = make_trainer(classifier, attack, warmup=1)
+        trainer.fit(data[0][:16], data[1][:16], nb_epochs=2, **QUIET)
+        assert len(trainer.history.selections) == 1 and attack.verbose is True
+
+    def test_preprocessing_that_is_not_torchs(self, chain, data):
+        class Rounding(Preprocessor):
+            def __call__(self, x, y=None):
+                return np.round(x, 1).astype(np.float32), y
+
+        classifier = make_classifier(chain, preprocessing_defences=Rounding())
+        assert not classifier.all_framework_preprocessing
+        before = snapshot(chain)
+        make_trainer(classifier, warmup=1).fit(*data, nb_epochs=2, **QUIET)
+        assert moved(chain, before)
+        with pytest.raises(ValueError, match="preprocessing is PyTorch's"):
+            make_trainer(classifier, objective="clean")
+
+    def test_scheduler_steps_once_an_epoch(self, chain, data):
+        classifier = make_classifier(chain, lr=0.08)
+        scheduler = torch.optim.lr_scheduler.StepLR(classifier.optimizer, 1, gamma=0.5)
+        trainer = make_trainer(classifier)
+        trainer.fit(*data, nb_epochs=3, scheduler=scheduler, **QUIET)
+        assert [record.learning_rate for record in trainer.history.epochs] == [0.08, 0.04, 0.02]
+
+    def test_hugging_face_classifier(self, data):
+        transformers = pytest.importorskip("transformers")
+        config = transformers.ViTConfig(
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=6, patch_size=3,
+            num_channels=2, num_labels=4,
+        )  # fmt: skip
+        model = transformers.ViTForImageClassification(config)
+        classifier = HuggingFaceClassifierPyTorch(
+            model, nn.CrossEntropyLoss(), INPUT_SHAPE, 4, torch.optim.Adam(model.parameters(), 1e-3),
+            clip_values=(0.0, 1.0), device_type="cpu",
+        )  # fmt: skip
+        trainer = make_trainer(classifier, warmup=1)
+        before = snapshot(model)
+        trainer.fit(*data, nb_epochs=1, **QUIET)
+        assert moved(model, before)
+        trainer = make_trainer(classifier, objective="clean")
+        before = snapshot(model)
+        trainer.fit(*data, nb_epochs=1, **QUIET)
+        (chosen,) = trainer.history.selections[0].chosen
+        assert moved(model, before) == {f"{chosen}.weight", f"{chosen}.bias"}
+
+    def test_any_loss_of_the_classifier(self, chain, data):
+        losses = []
+
+        class Recording(nn.Module):
+            reduction = "mean"
+
+            def forward(self, logits, y):
+                losses.append(1)
+                return nn.functional.mse_loss(logits, y)
+
+        classifier = make_classifier(chain, loss=Recording())
+        make_trainer(classifier, warmup=1).fit(*data, nb_epochs=2, **QUIET)
+        assert losses
+
+
+def _differences(one, other):
+    return {name for name in one if not torch.equal(one[name], other[name])}
+
+
+class TestTheMethod:
+    """Against a training loop written out by hand, in which features are computed without hooks."""
+
+    @pytest.mark.parametrize("objective", ["adversarial", "clean"])
+    def test_one_epoch_of_the_second_stage(self, chain, data, objective):
+        x, y = torch.tensor(data[0]), torch.tensor(data[1])
+        reference = copy.deepcopy(chain)
+        classifier = make_classifier(chain)
+        attack = make_attack(classifier, num_random_init=0)
+        measured = measure_criticality(classifier, *data, attack=attack)
+        assert measured[-1].is_head  # and so not eligible
+        name = max(list(measured)[:-1], key=lambda layer: layer.criticality).name
+
+        perturbed = []
+        trainer = make_trainer(classifier, attack, objective=objective, criticality_weight=0.2)
+        perturb = trainer._perturb
+        trainer._perturb = lambda *args: perturbed.append((args[2], args[3], perturb(*args))) or perturbed[-1][-1]
+        trainer.fit(*data, batch_size=len(x), nb_epochs=2, **QUIET)
+
+        parameters = list(getattr(reference, name).parameters())
+        optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4)
+        for x, y, x_adv in perturbed:
+            if objective == "adversarial":  # the perturbation is PGD's on the cross-entropy of the network as it is
+                expected = _pgd(reference, x, y)
+                torch.testing.assert_close(x_adv, expected, atol=1e-6, rtol=0)
+            clean, adversarial = reference.features(x), reference.features(x_adv)
+            logits = (adversarial if objective == "adversarial" else clean)["head"]
+            distance = (adversarial[name] - clean[name]).flatten(1).norm(dim=1).mean()
+            optimizer.zero_grad()
+            (nn.functional.cross_entropy(logits, y) + 0.2 * distance).backward()
+            optimizer.step()
+        assert trainer.history.selections[0].chosen == (name,)
+        for key, value in reference.state_dict().items():
+            torch.testing.assert_close(chain.state_dict()[key], value, atol=1e-5, rtol=1e-4)
+
+    def test_warm_up_is_arts_adversarial_training(self, data):
+        """Same network, one batch an epoch, no random start: Madry's trainer of ART does the same to 1e-5."""
+        ours, theirs = Chain(), Chain()
+        theirs.load_state_dict(ours.state_dict())
+        classifier = make_classifier(ours)
+        trainer = make_trainer(classifier, make_attack(classifier, max_iter=3), warmup=4)
+        trainer.fit(*data, batch_size=48, nb_epochs=4, **QUIET)
+        madry = AdversarialTrainerMadryPGD(
+            make_classifier(theirs), nb_epochs=4, batch_size=48, eps=0.1, eps_step=0.03, max_iter=3, num_random_init=0
+        )
+        madry.fit(*data)
+        for key, value in theirs.state_dict().items():
+            torch.testing.assert_close(ours.state_dict()[key], value, atol=1e-5, rtol=1e-4)
+
+    def test_warm_up_epochs_are_counted_as_awp_does(self, chain, data):
+        trainer = make_trainer(make_classifier(chain), warmup=2, reselect_every=3)
+        trainer.fit(*data, nb_epochs=7, **QUIET)
+        assert [r.stage for r in trainer.history.epochs] == ["adversarial training"] * 2 + ["clat"] * 5
+        assert [s.epoch for s in trainer.history.selections] == [2, 5]
+
+    def test_the_layers_are_chosen_anew(self, data):
+        """A layer made critical between two selections is trained after the second."""
+        model = Chain()
+        classifier = make_classifier(model, lr=1e-4)
+        trainer = make_trainer(classifier, reselect_every=1)
+        select = trainer._select
+
+        def after_a_change(epoch, *args):
+            if epoch == 1:
+                with torch.no_grad():
+                    weakest = min(trainer.history.selections[0].measured[:-1], key=lambda layer: layer.criticality)
+                    getattr(model, weakest.name).weight.mul_(100)
+            return select(epoch, *args)
+
+        trainer._select = after_a_change
+        trainer.fit(*data, nb_epochs=2, **QUIET)
+        first, second = trainer.history.selections
+        assert first.chosen != second.chosen
+
+    @pytest.mark.parametrize("objective", ["adversarial", "clean"])
+    @pytest.mark.parametrize("single_step", [False, True])
+    def test_learns(self, normed, data, objective, single_step):
+        if objective == "adversarial" and single_step:
+            pytest.skip("the inner step belongs to the other objective")
+        classifier = make_classifier(normed, lr=0.1)
+        trainer = make_trainer(
+            classifier, warmup=15, objective=objective, single_step=single_step, critical_fraction=0.5,
+            criticality_weight=0.01,
+        )  # fmt: skip
+        trainer.fit(*data, validation_data=data, batch_size=16, nb_epochs=25, **QUIET)
+        last = trainer.history.epochs[-1]
+        assert last.clean_accuracy > 0.9 and last.robust_accuracy > 0.6
+
+    def test_a_larger_weight_brings_a_smaller_feature_distance(self, data):
+        distances = []
+        for weight in (0.0, 5.0):
+            torch.manual_seed(2)
+            trainer = make_trainer(make_classifier(Chain()), criticality_weight=weight, reselect_every=100)
+            trainer.fit(*data, batch_size=16, nb_epochs=10, **QUIET)
+            distances.append(trainer.history.epochs[-1].criticality_loss)
+        assert distances[1] < 0.5 * distances[0]
+
+
+def _pgd(network, x, y, eps=0.1, step=0.03, steps=4):
+    z = x.clone()
+    for _ in range(steps):
+        z.requires_grad_(True)
+        (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(network.features(z)["head"], y), z)
+        z = (x + ((z + step * gradient.sign()).clamp(0, 1) - x).clamp(-eps, eps)).detach()
+    return z
+
+
+class TestFrozenMeansFrozen:
+    @pytest.mark.parametrize("objective", ["adversarial", "clean"])
+    @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
+    def test_not_one_bit_outside_the_chosen_layers(self, normed, data, objective, make):
+        options = {"lr": 0.01, "weight_decay": 0.1, **({} if make is torch.optim.AdamW else {"momentum": 0.9})}
+        classifier = make_classifier(normed, optimizer=make(normed.parameters(), **options))
+        make_trainer(classifier, warmup=2).fit(*data, batch_size=16, nb_epochs=2, **QUIET)  # momentum everywhere
+        normed.fc.weight.grad = torch.ones_like(normed.fc.weight)  # and a gradient left over
+        before = snapshot(normed)
+        trainer = make_trainer(classifier, objective=objective)
+        trainer.fit(*data, batch_size=16, nb_epochs=2, **QUIET)
+        (chosen,) = trainer.history.selections[0].chosen
+        norm = chosen.replace("conv", "bn")
+        names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+        assert moved(normed, before) == {f"{chosen}.weight", *(f"{norm}.{name}" for name in names)}
+
+    def test_stale_momentum_does_not_fire(self, data):
+        """A layer chosen again starts without the momentum it had before it was frozen."""
+        torch.manual_seed(4)
+        model = Chain()
+        classifier = make_classifier(model)
+        trainer = make_trainer(classifier, reselect_every=1)
+        turns = iter(["first", "second", "first"])
+        trainer_select = trainer._select
+        momentum = {}
+
+        def in_turn(epoch, layers, *args):
+            trainer_select(epoch, layers, *args)
+            turn = next(turns)
+            return [layer for layer in layers if layer.name == turn]
+
+        train_epoch = trainer._train_epoch
+
+        def recording(epoch, *args):
+            momentum[epoch] = {n for n, p in model.named_parameters() if p in classifier.optimizer.state}
+            train_epoch(epoch, *args)
+
+        trainer._select, trainer._train_epoch = in_turn, recording
+        trainer.fit(*data, nb_epochs=3, **QUIET)
+        assert momentum == {0: set(), 1: set(), 2: set()}
+
+    def test_share_of_the_parameters_in_log_and_history(self, normed, data, caplog):
+        normed.conv1.weight.requires_grad_(False)
+        trainer = make_trainer(make_classifier(normed), critical_fraction=0.75)
+        with caplog.at_level(logging.INFO, logger="art_clat"):
+            trainer.fit(*data, nb_epochs=1, **QUIET)
+        (record,) = trainer.history.selections
+        total = sum(p.numel() for p in normed.parameters())
+        trained = sum(getattr(normed, name).weight.numel() for name in record.chosen if name != "conv1")
+        trained += 12 * len(record.chosen)
+        assert (record.trainable_parameters, record.total_parameters) == (trained, total)
+        (line,) = [r.message for r in caplog.records if r.name == "art_clat.trainer" and r.levelno == logging.INFO]
+        assert f"{trained:,} of {total:,} parameters ({100 * trained / total:.2f} %)" in line
+        assert all(name in line for name in record.chosen)
+
+
+class TestGuest:
+    @pytest.mark.parametrize("failure", [None, RuntimeError, KeyboardInterrupt])
+    @pytest.mark.parametrize("stage", ["adversarial training", "clat"])
+    def test_the_model_comes_back_as_it_was(self, normed, data, failure, stage):
+        classifier = make_classifier(normed)
+        normed.train()
+        normed.bn2.eval()
+        normed.conv1.weight.requires_grad_(False)
+        handle = normed.fc.register_forward_hook(lambda *_: None)
+        random.seed(3)
+        before = (
+            [m.training for m in classifier._model.modules()],
+            [p.requires_grad for p in normed.parameters()],
+            [list(m._forward_hooks) for m in normed.modules()],
+            [list(m._forward_pre_hooks) for m in normed.modules()],
+            random.getstate(),
+            torch.get_rng_state().tolist(),
+            np.random.get_state()[1].tolist(),
+        )
+        trainer = make_trainer(classifier, warmup=0 if stage == "clat" else 5)
+        if failure is None:
+            trainer.fit(*data, validation_data=data, batch_size=16, nb_epochs=2, **QUIET)
+        else:
+            step = classifier.optimizer.step
+            calls = []
+
+            def failing():
+                calls.append(1)
+                if len(calls) == 2:
+                    raise failure
+                step()
+
+            classifier.optimizer.step = failing
+            with pytest.raises(failure):
+                trainer.fit(*data, validation_data=data, batch_size=16, nb_epochs=2, **QUIET)
+        handle.remove()
+        after = (
+            [m.training for m in classifier._model.modules()],
+            [p.requires_grad for p in normed.parameters()],
+            [h for h in before[2]],
+            [list(m._forward_pre_hooks) for m in normed.modules()],
+            random.getstate(),
+            torch.get_rng_state().tolist(),
+            np.random.get_state()[1].tolist(),
+        )
+        assert after == before
+        assert not any(m._forward_hooks for m in normed.modules())
+
+    def test_equal_seeds_give_equal_results_bit_for_bit(self, data):
+        states, histories = [], []
+        for seed in (7, 7, 8):
+            torch.manual_seed(1)
+            model = Normed()
+            classifier = make_classifier(model)
+            torch.manual_seed(len(states))  # the global generators do not matter
+            np.random.seed(len(states))
+            trainer = make_trainer(classifier, make_attack(classifier, num_random_init=1), seed=seed, warmup=1)
+            trainer.fit(*data, batch_size=16, nb_epochs=3, **QUIET)
+            states.append(snapshot(model))
+            histories.append([(r.loss, r.cross_entropy, r.criticality_loss) for r in trainer.history.epochs])
+        assert not _differences(states[0], states[1]) and histories[0] == histories[1]
+        assert _differences(states[0], states[2])
+
+    def test_without_a_seed_numpys_generator_decides(self, data):
+        states = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(1)
+            model = Normed()
+            np.random.seed(seed)
+            make_trainer(make_classifier(model), seed=None).fit(*data, batch_size=16, nb_epochs=1, **QUIET)
+            states.append(snapshot(model))
+        assert not _differences(states[0], states[1])
+        assert _differences(states[0], states[2])
+
+    def test_validation_does_not_influence_training(self, data):
+        states = []
+        for validation_data in (None, data):
+            torch.manual_seed(1)
+            model = Normed()
+            classifier = make_classifier(model)
+            trainer = make_trainer(classifier, make_attack(classifier, num_random_init=1), warmup=1)
+            trainer.fit(*data, validation_data=validation_data, batch_size=16, nb_epochs=3, **QUIET)
+            states.append(snapshot(model))
+        assert not _differences(*states)
+
+    def test_validation_accuracies_are_those_of_art(self, normed, data):
+        classifier = make_classifier(normed)
+        attack = make_attack(classifier)
+        trainer = make_trainer(classifier, attack)
+        trainer.fit(*data, validation_data=(data[0][:30], data[1][:30]), nb_epochs=1, **QUIET)
+        record = trainer.history.epochs[-1]
+        x, y = data[0][:30], data[1][:30]
+        assert record.clean_accuracy == pytest.approx((classifier.predict(x).argmax(1) == y).mean())
+        robust = (classifier.predict(attack.generate(x, y)).argmax(1) == y).mean()
+        assert record.robust_accuracy == pytest.approx(robust)
+
+
+class TestNonFinite:
+    @pytest.mark.parametrize("warmup", [0, 5])
+    def test_stops_with_the_last_finite_weights(self, normed, data, warmup):
+        classifier = make_classifier(normed, lr=1e25)
+        trainer = make_trainer(classifier, warmup=warmup)
+        with pytest.raises(FloatingPointError, match=r"epoch 0, batch \d.*learning rate \(now 1e\+25\)"):
+            trainer.fit(*data, batch_size=8, nb_epochs=3, **QUIET)
+        assert all(torch.isfinite(value).all() for value in normed.state_dict().values())
+
+    def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(self, chain, data):
+        class Steep(nn.Module):
+            reduction = "mean"
+
+            def forward(self, logits, y):
+                return logits.mean().abs() + 0 * (logits.mean() - logits.mean()).abs().sqrt()  # gradient: NaN
+
+        classifier = make_classifier(chain, loss=Steep())
+        attack = FastGradientMethod(classifier, eps=0.0)
+        before = snapshot(chain)
+        trainer = make_trainer(classifier, attack, warmup=1)
+        trainer._perturb = lambda objective, attack, x, y: x
+        with pytest.raises(FloatingPointError, match="gradient is not finite"):
+            trainer.fit(*data, nb_epochs=1, **QUIET)
+        assert not moved(chain, before)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("argument", "value"),
+        [
+            ("ratio", 0), ("ratio", 1.5), ("ratio", float("nan")), ("critical_fraction", 0), ("critical_fraction", 1.01),
+            ("criticality_weight", -0.1), ("criticality_weight", float("nan")), ("warmup", -1), ("warmup", 1.5),
+            ("reselect_every", 0), ("objective", "both"), ("single_step", True), ("selection_samples", 0), ("seed", -1),
+        ],
+    )  # fmt: skip
+    def test_arguments(self, chain, argument, value):
+        with pytest.raises(ValueError, match=f"`{argument}`"):
+            make_trainer(make_classifier(chain), **{argument: value})
+
+    def test_classifiers(self, chain):
+        with pytest.raises(TypeError, match="`classifier` must be an ART PyTorchClassifier"):
+            AdversarialTrainerCLATPyTorch(chain, [])
+        without = PyTorchClassifier(chain, nn.CrossEntropyLoss(), INPUT_SHAPE, 4)
+        with pytest.raises(ValueError, match="`classifier` has no optimizer"):
+            make_trainer(without)
+        empty = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(72))
+        with pytest.raises(ValueError, match="no weighted layer"):
+            make_trainer(make_classifier(empty))
+
+    def test_attacks(self, chain):
+        classifier = make_classifier(chain)
+        with pytest.raises(ValueError, match="`attacks`.*bound to another classifier"):
+            AdversarialTrainerCLATPyTorch(classifier, make_attack(make_classifier(Chain())))
+        with pytest.raises(ValueError, match="`attacks`.*targeted"):
+            AdversarialTrainerCLATPyTorch(classifier, make_attack(classifier, targeted=True))
+        with pytest.raises(ValueError, match="`attacks` is empty"):
+            AdversarialTrainerCLATPyTorch(classifier, [])
+        with pytest.raises(TypeError, match="`attacks` must be an ART EvasionAttack"):
+            AdversarialTrainerCLATPyTorch(classifier, [chain])
+        with pytest.raises(ValueError, match="got DeepFool"):
+            AdversarialTrainerCLATPyTorch(classifier, DeepFool(classifier), objective="clean")
+
+    @pytest.mark.parametrize(
+        ("change", "match"),
+        [
+            (lambda x, y: (x[:0], y[:0]), "`x` is empty"),
+            (lambda x, y: (x, y[:-1]), "differ in length: 48 and 47"),
+            (lambda x, y: ((255 * x).astype(np.uint8), y), "floating point, got uint8"),
+            (lambda x, y: (np.where(x == x.max(), np.nan, x), y), "NaN or infinity, in 1 of 48"),
+            (lambda x, y: (np.where(x == x.max(), np.inf, x), y), "NaN or infinity"),
+            (lambda x, y: (x * 255, y), "outside the classifier's clip_values"),
+            (lambda x, y: (x - 0.5, y), "outside the classifier's clip_values"),
+            (lambda x, y: (x[:, :, :5], y), "shape"),
+            (lambda x, y: (x, y + 1), "`y` holds labels from 1 to 4"),
+            (lambda x, y: (x, y - 1), "`y` holds labels from -1"),
+            (lambda x, y: (x, y + 0.5), "no whole numbers"),
+            (lambda x, y: (x, np.eye(5)[y]), "`y` has shape"),
+            (lambda x, y: (x, 2 * np.eye(4)[y]), "no class probabilities"),
+        ],
+    )
+    def test_data(self, normed, data, change, match):
+        trainer = make_trainer(make_classifier(normed))
+        bad = change(*data)
+        before = snapshot(normed)
+        with pytest.raises(ValueError, match=match):
+            trainer.fit(*bad, nb_epochs=1, **QUIET)
+        with pytest.raises(ValueError, match=match.replace("`x`", "").replace("`y`", "")):
+            trainer.fit(*data, validation_data=bad, nb_epochs=1, **QUIET)
+        if len(bad[0]) and len(bad[0]) == len(bad[1]):
+            with pytest.raises(
+                ValueError, match=match.replace("`x`", "").replace("`y`", "").replace(" in 1 of 48", "")
+            ):
+                trainer.fit_generator(NumpyDataGenerator(*bad, batch_size=16), nb_epochs=1, **QUIET)
+        assert not moved(normed, before)
+
+    def test_options_of_fit(self, chain, data):
+        trainer = make_trainer(make_classifier(chain))
+        before = snapshot(chain)
+        with pytest.raises(TypeError, match="learning_rate; accepted are verbose, drop_last"):
+            trainer.fit(*data, learning_rate=0.1)
+        with pytest.raises(ValueError, match="`batch_size`"):
+            trainer.fit(*data, batch_size=0)
+        with pytest.raises(ValueError, match="`nb_epochs`"):
+            trainer.fit(*data, nb_epochs=0)
+        with pytest.raises(ValueError, match="`drop_last` leaves no batch"):
+            trainer.fit(*data, batch_size=100, drop_last=True)
+        with pytest.raises(TypeError, match="`scheduler` must be"):
+            trainer.fit(*data, scheduler=object())
+        other = torch.optim.SGD(Chain().parameters(), 0.1)
+        with pytest.raises(ValueError, match="`scheduler` belongs to another optimizer"):
+            trainer.fit(*data, scheduler=torch.optim.lr_scheduler.StepLR(other, 1))
+        with pytest.raises(TypeError, match="ReduceLROnPlateau"):
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(trainer.classifier.optimizer)
+            trainer.fit(*data, scheduler=plateau)
+        with pytest.raises(TypeError, match="`generator` must be an ART DataGenerator"):
+            trainer.fit_generator(iter([data]))
+        assert not moved(chain, before)
+
+    def test_optimizer_that_does_not_hold_a_layer(self, chain, data):
+        optimizer = torch.optim.SGD([*chain.first.parameters(), *chain.head.parameters()], lr=0.1)
+        trainer = make_trainer(make_classifier(chain, optimizer=optimizer))
+        before = snapshot(chain)
+        with pytest.raises(ValueError, match="does not hold the parameters of 2 layer.*hidden, second"):
+            trainer.fit(*data, **QUIET)
+        assert not moved(chain, before)
+        for layer in (chain.second, chain.hidden):
+            layer.requires_grad_(False)
+        trainer.fit(*data, nb_epochs=1, **QUIET)
+        assert trainer.history.selections[0].chosen == ("first",)
+
+    def test_network_that_is_nothing_but_a_head(self, data):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(72, 4))
+        with pytest.raises(ValueError, match="head_eligible"):
+            make_trainer(make_classifier(model)).fit(*data, **QUIET)
+        trainer = make_trainer(make_classifier(model), head_eligible=True)
+        trainer.fit(*data, nb_epochs=1, **QUIET)
+        assert trainer.history.selections[0].chosen == ("1",)
+
+
+def test_preprocessing_of_training_only_is_not_attacked_through(chain, data):
+    """A defence that ART applies in training alone sees the training batches, not the attack's."""
+    defence = GaussianAugmentation(sigma=0.0, augmentation=False, apply_fit=True, apply_predict=False)
+    classifier = make_classifier(chain, preprocessing_defences=defence)
+    make_trainer(classifier, ProjectedGradientDescent(classifier, 2, 0.5, 0.2, max_iter=2, verbose=False)).fit(
+        *data, nb_epochs=1, **QUIET
+    )
