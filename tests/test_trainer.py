@@ -137,8 +137,8 @@ class TestHabitsOfART:
     def test_hugging_face_classifier(self, data):
         transformers = pytest.importorskip("transformers")
         config = transformers.ViTConfig(
-            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=6, patch_size=3,
-            num_channels=2, num_labels=4,
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=6,
+            patch_size=3, num_channels=2, num_labels=4,
         )  # fmt: skip
         model = transformers.ViTForImageClassification(config)
         classifier = HuggingFaceClassifierPyTorch(
@@ -464,8 +464,8 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("argument", "value"),
         [
-            ("ratio", 0), ("ratio", 1.5), ("ratio", float("nan")), ("critical_fraction", 0), ("critical_fraction", 1.01),
-            ("criticality_weight", -0.1), ("criticality_weight", float("nan")), ("warmup", -1), ("warmup", 1.5),
+            ("ratio", 0), ("ratio", 1.5), ("ratio", float("nan")), ("critical_fraction", 0),
+            ("critical_fraction", 1.01), ("criticality_weight", -0.1), ("criticality_weight", float("nan")), ("warmup", -1), ("warmup", 1.5),
             ("reselect_every", 0), ("objective", "both"), ("single_step", True), ("selection_samples", 0), ("seed", -1),
         ],
     )  # fmt: skip
