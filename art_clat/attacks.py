@@ -16,7 +16,8 @@ import torch
 from art.attacks import EvasionAttack
 from art.attacks.evasion import FastGradientMethod, ProjectedGradientDescent, ProjectedGradientDescentPyTorch
 
-from art_clat.network import Network, evaluation_mode
+from art_clat.guest import evaluation_mode
+from art_clat.network import Network
 
 
 @dataclass(frozen=True)
@@ -218,8 +219,10 @@ class OutputAttack:
 def _ascent(attack: EvasionAttack, network: Network) -> Ascent | None:
     """Read an ART attack's ball and steps; `None` where it is not one this module runs itself."""
     is_pgd = isinstance(attack, (ProjectedGradientDescent, ProjectedGradientDescentPyTorch))
-    is_fgm = isinstance(attack, FastGradientMethod) and type(attack) is FastGradientMethod
-    if not (is_pgd or is_fgm) or network.classifier.is_rnn:
+    is_fgm = type(attack) is FastGradientMethod
+    # A user's subclass may do anything in its `generate`.
+    is_arts_own = type(attack).__module__.split(".")[0] == "art"
+    if not (is_pgd or is_fgm) or not is_arts_own or network.classifier.is_rnn:
         return None
     if getattr(attack, "random_eps", False) or getattr(attack, "minimal", False):
         return None

@@ -15,8 +15,9 @@ from art.estimators.classification import PyTorchClassifier
 
 from art_clat.attacks import OutputAttack
 from art_clat.features import Features
+from art_clat.guest import evaluation_mode, own_randomness
 from art_clat.layers import Layer
-from art_clat.network import Network, evaluation_mode, own_randomness
+from art_clat.network import Network
 from art_clat.validation import check_attack, check_classifier, check_data
 
 if TYPE_CHECKING:

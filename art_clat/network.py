@@ -1,16 +1,13 @@
-"""ART's PyTorch classifier as functions of tensors: preprocessing, logits, loss, and what a guest must put back."""
+"""ART's PyTorch classifier as functions of tensors: preprocessing, logits, loss."""
 
 from __future__ import annotations
-
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
 from art.estimators.classification import PyTorchClassifier
 from torch import nn
 
+from art_clat.guest import evaluation_mode
 from art_clat.layers import PROBE_SIZE, Layer, find_layers
 
 
@@ -93,45 +90,3 @@ class Network:
         arrays = self.classifier._apply_preprocessing(x.detach().cpu().numpy(), y_array, fit=fit)
         x, y = (None if a is None else torch.as_tensor(a, device=self.device) for a in arrays)  # type: ignore[assignment]
         return x.float(), y  # type: ignore[return-value]
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """
-    Put a network in evaluation mode, and every module back in its own mode on leaving.
-
-    :param model: The network.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
-def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
-    """
-    Seed the global random generators, and put them back as they were on leaving.
-
-    They are Python's, NumPy's, torch's and, on a GPU, CUDA's: dropout, random starts and ART's own attacks all draw
-    from these.
-
-    :param seed: The seed, 0 … 2**32 − 1.
-    :param device: Where the network runs.
-    """
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    try:
-        with torch.random.fork_rng(devices):
-            random.seed(seed)
-            np.random.seed(seed)
-            torch.default_generator.manual_seed(seed)
-            if device.type == "cuda":
-                torch.cuda.manual_seed_all(seed)
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)

@@ -10,8 +10,9 @@ import torch
 
 from art_clat.attacks import OutputAttack
 from art_clat.features import Features
+from art_clat.guest import evaluation_mode
 from art_clat.layers import Layer
-from art_clat.network import Network, evaluation_mode
+from art_clat.network import Network
 
 
 @dataclass(frozen=True)

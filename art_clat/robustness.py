@@ -21,7 +21,8 @@ from torch import nn
 
 from art_clat._robustbench import autoattack, robustbench_utils
 from art_clat.attacks import Ascent, L1Ball, L2Ball, LinfBall
-from art_clat.network import Network, evaluation_mode, own_randomness
+from art_clat.guest import evaluation_mode, own_randomness
+from art_clat.network import Network
 from art_clat.validation import check_whole
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import cycle
 from typing import Any
@@ -22,9 +22,10 @@ from art_clat import validation as check
 from art_clat.attacks import OutputAttack
 from art_clat.batches import ArrayBatches, Batches, GeneratorBatches
 from art_clat.criticality import measure
+from art_clat.guest import FiniteGuard, evaluation_mode, own_modes, own_randomness
 from art_clat.history import EpochRecord, History, SelectionRecord
 from art_clat.layers import Layer, only_trainable, train_only
-from art_clat.network import Network, evaluation_mode, own_randomness
+from art_clat.network import Network
 from art_clat.objectives import AdversarialCLAT, AdversarialTraining, BatchLoss, CleanCLAT, Objective
 from art_clat.selection import eligible_layers, most_critical
 
@@ -289,21 +290,21 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
     ) -> None:
         """Train one epoch and record it."""
         start = time.perf_counter()
-        optimizer = self._classifier.optimizer
-        learning_rate = float(optimizer.param_groups[0]["lr"])
+        learning_rate = float(self._classifier.optimizer.param_groups[0]["lr"])
         sums = torch.zeros(4, dtype=torch.float64)
         nb_samples = 0
         for batch, (x, y) in enumerate(batches):
             x, y = x.to(self._network.device), y.to(self._network.device)
             x_adv = self._perturb(objective, next(attacks), x, y)
             self._set_modes(chosen)
-            optimizer.zero_grad()
-            with self._finite(epoch, batch) as finite:
-                loss = objective.loss(x, x_adv, y)
-                finite(loss)
-                loss.loss.backward()
-                finite(None)
-            optimizer.step()
+            try:
+                loss = self._step(objective, x, x_adv, y)
+            except FloatingPointError as error:
+                raise FloatingPointError(
+                    f"{error} in epoch {epoch}, batch {batch}. The likely cause is a learning rate (now "
+                    f"{learning_rate:g}) or a `criticality_weight` ({self.criticality_weight:g}) that is too large. "
+                    "The last finite weights are in place."
+                ) from None
             correct = (loss.logits.argmax(dim=1) == self._network.one_hot(y).argmax(dim=1)).double().mean()
             sums += len(x) * torch.stack([loss.loss.detach(), loss.cross_entropy, loss.criticality_loss, correct]).cpu()
             nb_samples += len(x)
@@ -322,6 +323,18 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
                 train_robust_accuracy=accuracy if robust else None,
             )
         )
+
+    def _step(self, objective: Objective, x: torch.Tensor, x_adv: torch.Tensor, y: torch.Tensor) -> BatchLoss:
+        """Make one optimiser step on the objective, which moves what is not frozen."""
+        optimizer = self._classifier.optimizer
+        optimizer.zero_grad()
+        guard = FiniteGuard(self._network.model)
+        loss = objective.loss(x, x_adv, y)
+        guard.check_loss(loss.loss)
+        loss.loss.backward()
+        guard.check_gradients()
+        optimizer.step()
+        return loss
 
     def _perturb(self, objective: Objective, attack: OutputAttack, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Perturb the share `ratio` of a batch, drawn at random."""
@@ -353,17 +366,17 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         return clean, robust
 
     @contextmanager
-    def _as_guest(self, seed: int) -> Iterator[Any]:
+    def _as_guest(self, seed: int) -> Iterator[Callable[[list[Layer]], None]]:
         """
         Work on the user's model and put it back: flags, modes, random generators; gradients are dropped.
 
-        Gives a function that freezes everything outside some layers. The optimiser's state of a parameter it freezes
-        is dropped: momentum from before must not move it when it is chosen again.
+        Gives a function that freezes everything outside some layers. It also drops the optimiser's state of what it
+        freezes: momentum from before must not move a layer that is chosen again.
         """
         model, optimizer = self._classifier._model, self._classifier.optimizer
         self._trainable = {p for p in model.parameters() if p.requires_grad}
         with ExitStack() as stack:
-            stack.enter_context(evaluation_mode(model))  # every module gets its own mode back
+            stack.enter_context(own_modes(model))
             stack.enter_context(own_randomness(seed, self._network.device))
             stack.callback(optimizer.zero_grad)
             freezing = stack.enter_context(ExitStack())
@@ -376,40 +389,6 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
                         optimizer.state.pop(parameter, None)
 
             yield freeze
-
-    @contextmanager
-    def _finite(self, epoch: int, batch: int) -> Iterator[Any]:
-        """
-        Guard the forward and backward pass of a batch.
-
-        Gives a function that raises if a loss, or with `None` the gradients, are not finite. Buffers that the forward
-        pass has already moved (BatchNorm statistics) are then put back; the weights have not moved yet.
-        """
-        buffers = [(buffer, buffer.clone()) for buffer in self._network.model.buffers()]
-
-        def check_finite(loss: BatchLoss | None) -> None:
-            if loss is not None:
-                values_seen = [loss.loss.detach(), *(b.sum() for b, _ in buffers if b.is_floating_point())]
-                if torch.isfinite(torch.stack(values_seen)).all():
-                    return
-                what = "loss or a BatchNorm statistic"
-                values = f"cross-entropy {loss.cross_entropy:.4g}, criticality loss {loss.criticality_loss:.4g}"
-            else:
-                gradients = [p.grad for p in self._network.model.parameters() if p.grad is not None]
-                if not gradients or torch.isfinite(torch.stack([g.norm() for g in gradients])).all():
-                    return
-                what, values = "gradient", "the loss was finite"
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
-            rate = self._classifier.optimizer.param_groups[0]["lr"]
-            raise FloatingPointError(
-                f"The {what} is not finite in epoch {epoch}, batch {batch} ({values}). The likely cause is a learning "
-                f"rate (now {rate:g}) or a `criticality_weight` ({self.criticality_weight:g}) that is too large. The "
-                "last finite weights are in place."
-            )
-
-        yield check_finite
 
     def _check_inner_attack(self) -> None:
         for attack in self._attacks:

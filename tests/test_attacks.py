@@ -90,12 +90,16 @@ def test_perturbations_stay_in_the_ball_and_the_box(chain, data, norm):
 
 
 def test_restarts_keep_whatever_fools(chain, data):
+    with torch.no_grad():
+        for parameter in chain.parameters():
+            parameter.mul_(4)  # so that a random perturbation can change a prediction
     classifier = make_classifier(chain)
     x, y = data[0], classifier.predict(data[0]).argmax(1)
     fooled = []
-    for restarts in (1, 8):
-        torch.manual_seed(1)
-        x_adv = run(make_attack(classifier, eps=0.05, max_iter=1, num_random_init=restarts), classifier, x, y)
+    for restarts in (1, 20):
+        torch.manual_seed(1)  # the first of the twenty is the one start
+        attack = make_attack(classifier, eps=0.3, eps_step=1e-4, max_iter=1, num_random_init=restarts)
+        x_adv = run(attack, classifier, x, y)
         fooled.append(classifier.predict(x_adv).argmax(1) != y)
     assert (fooled[1] >= fooled[0]).all() and fooled[1].sum() > fooled[0].sum()
 
@@ -108,6 +112,15 @@ def test_any_other_attack_runs_through_its_own_generate(chain, data):
     x_adv = ours(*map(torch.tensor, data))
     np.testing.assert_allclose(x_adv.numpy(), attack.generate(*data), atol=1e-6)
     assert attack.verbose is True
+
+
+def test_a_users_own_variant_runs_through_its_own_generate(chain, data):
+    class Nothing(ProjectedGradientDescent):
+        def generate(self, x, y=None, **kwargs):
+            return x
+
+    classifier = make_classifier(chain)
+    np.testing.assert_array_equal(run(Nothing(classifier, eps=0.1, verbose=False), classifier, *data), data[0])
 
 
 @pytest.mark.parametrize("option", [{"random_eps": True}, {"norm": 3}])
