@@ -7,7 +7,9 @@ import dataclasses
 import json
 import logging
 import os
+import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -174,51 +176,46 @@ def evaluate_robustness(
     model, device = _as_model(classifier_or_model)
     inputs, labels = _check_examples(x, y)
     start = time.perf_counter()
-    ball = NORMS[norm][1](
-        torch.tensor(eps, device=device), (torch.zeros((), device=device), torch.ones((), device=device))
-    )
-    step = torch.tensor(eps / 4 if pgd_eps_step is None else pgd_eps_step, device=device)
-    pgd = Ascent(ball=ball, step=step, nb_steps=pgd_max_iter, random_start=True)
-
     with own_randomness(seed, device), evaluation_mode(model), _without_weight_gradients(model):
-        batches = list(zip(inputs.split(batch_size), labels.split(batch_size), strict=True))
-        _check_logits(model, inputs[:batch_size].to(device), labels)
-        clean, robust = [], []
-        for batch, target in batches:
-            batch, target = batch.to(device), target.to(device)
-            correct = _predict(model, batch) == target
-            x_adv = pgd(lambda z, t=target: nn.functional.cross_entropy(model(z), t, reduction="sum"), batch)  # type: ignore[misc]
-            clean.append(correct.cpu())
-            robust.append((correct & (_predict(model, x_adv) == target)).cpu())
-        survivors: npt.NDArray[np.bool_] | None = None
-        warned: tuple[str, ...] = ()
-        if make_autoattack is not None:
-            nb_classes = model(inputs[:1].to(device)).shape[1]
-            adversary = make_autoattack(
-                model, norm=norm, eps=eps, seed=seed, version=autoattack_version, device=device, verbose=False
+        nb_classes = _check_logits(model, inputs[:batch_size].to(device), labels)
+        if make_autoattack is not None and nb_classes < 4:
+            raise ValueError(
+                f"AutoAttack's targeted DLR loss needs at least 4 classes, the network has {nb_classes}. Pass "
+                "`autoattack_version=None`."
             )
-            _fit_to_classes(adversary, nb_classes)
-            with _collected_warnings() as warned_list:
+        clean = _is_correct(model, inputs, labels, device, batch_size)
+        pgd = Ascent(
+            ball=NORMS[norm][1](
+                torch.tensor(eps, device=device), (torch.tensor(0.0).to(device), torch.tensor(1.0).to(device))
+            ),
+            step=torch.tensor(eps / 4 if pgd_eps_step is None else pgd_eps_step, device=device),
+            nb_steps=pgd_max_iter,
+            random_start=True,
+        )
+        x_adv = _perturb(pgd, model, inputs, labels, device, batch_size)
+        robust = clean & _is_correct(model, x_adv, labels, device, batch_size)
+        survivors, warned = None, []
+        if make_autoattack is not None:
+            with _collected_warnings() as warned:
+                adversary = make_autoattack(
+                    model, norm=norm, eps=eps, seed=seed, version=autoattack_version, device=device, verbose=False
+                )
+                for attack in (adversary.apgd_targeted, adversary.fab):  # nine target classes, unless there are fewer
+                    attack.n_target_classes = min(attack.n_target_classes, nb_classes - 1)
                 x_adv = adversary.run_standard_evaluation(inputs, labels, bs=batch_size)
-            warned = tuple(dict.fromkeys(warned_list))
-            survivors = torch.cat(
-                [
-                    _predict(model, z.to(device)).cpu() == t
-                    for z, t in zip(x_adv.split(batch_size), labels.split(batch_size), strict=True)
-                ]
-            ).numpy()
-            for message in warned:
-                logger.warning("AutoAttack: %s", message)
+            survivors = _is_correct(model, x_adv, labels, device, batch_size)
+    for message in dict.fromkeys(warned):
+        logger.warning("AutoAttack: %s", message)
     return RobustnessReport(
         norm=norm,
         eps=float(eps),
         nb_examples=len(inputs),
-        clean=torch.cat(clean).numpy(),
-        pgd=torch.cat(robust).numpy(),
+        clean=clean,
+        pgd=robust,
         pgd_max_iter=pgd_max_iter,
         autoattack=survivors,
         autoattack_version=autoattack_version,
-        warnings=warned,
+        warnings=tuple(dict.fromkeys(warned)),
         seconds=time.perf_counter() - start,
         seed=seed,
     )
@@ -335,9 +332,8 @@ def _norm_name(norm: object) -> str:
 def _as_model(classifier_or_model: object) -> tuple[nn.Module, torch.device]:
     if isinstance(classifier_or_model, PyTorchClassifier):
         classifier = classifier_or_model
-        if classifier.clip_values is None or not np.allclose(
-            np.stack(np.broadcast_arrays(*classifier.clip_values)).reshape(2, -1).T, (0, 1)
-        ):
+        low, high = classifier.clip_values if classifier.clip_values is not None else (None, None)
+        if low is None or not (np.allclose(low, 0) and np.allclose(high, 1)):
             raise ValueError(
                 f"`classifier_or_model`: AutoAttack perturbs within [0, 1], so the classifier's clip_values must be "
                 f"(0, 1), got {classifier.clip_values}."
@@ -372,7 +368,8 @@ def _check_examples(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> tuple[torch.Ten
     return torch.as_tensor(x.astype(np.float32)), torch.as_tensor(y.astype(np.int64))
 
 
-def _check_logits(model: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> None:
+def _check_logits(model: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> int:
+    """Refuse outputs that are no logits of these classes; give the number of classes."""
     with torch.no_grad():
         output = model(x)
     if output.ndim != 2 or labels.min() < 0 or labels.max() >= output.shape[1]:
@@ -385,22 +382,25 @@ def _check_logits(model: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> No
             "`classifier_or_model` gives probabilities; AutoAttack's DLR loss needs logits, and its result would be "
             "false. Remove the final softmax."
         )
+    return int(output.shape[1])
 
 
-def _fit_to_classes(adversary: Any, nb_classes: int) -> None:
-    """Keep the targeted attacks from asking for more target classes than there are (their default is nine)."""
-    if nb_classes < 4:
-        raise ValueError(
-            f"AutoAttack's targeted DLR loss needs at least 4 classes, the network has {nb_classes}. Pass "
-            "`autoattack_version=None`."
-        )
-    for attack in (adversary.apgd_targeted, adversary.fab):
-        attack.n_target_classes = min(attack.n_target_classes, nb_classes - 1)
-
-
-def _predict(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _is_correct(
+    model: nn.Module, x: torch.Tensor, y: torch.Tensor, device: torch.device, batch_size: int
+) -> npt.NDArray[np.bool_]:
     with torch.no_grad():
-        return model(x).argmax(dim=1)  # type: ignore[no-any-return]
+        predicted = [model(batch.to(device)).argmax(dim=1).cpu() for batch in x.split(batch_size)]
+    return (torch.cat(predicted) == y.cpu()).numpy()
+
+
+def _perturb(
+    attack: Ascent, model: nn.Module, x: torch.Tensor, y: torch.Tensor, device: torch.device, batch_size: int
+) -> torch.Tensor:
+    def perturbed(batch: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return attack(lambda z: nn.functional.cross_entropy(model(z), target, reduction="sum"), batch)
+
+    pairs = zip(x.split(batch_size), y.split(batch_size), strict=True)
+    return torch.cat([perturbed(batch.to(device), target.to(device)).cpu() for batch, target in pairs])
 
 
 @contextlib.contextmanager
@@ -418,9 +418,12 @@ def _without_weight_gradients(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _collected_warnings() -> Iterator[list[str]]:
-    """Collect what AutoAttack's checks warn of in the logger it uses, or through `warnings`."""
-    import warnings
+    """
+    Collect what AutoAttack's checks warn of in the logger it uses, or through `warnings`.
 
+    One of the checks also takes away the trace function that a debugger or a coverage tool has set; it is put back.
+    """
+    trace = sys.gettrace()
     messages: list[str] = []
 
     class Collect(logging.Handler):
@@ -437,6 +440,7 @@ def _collected_warnings() -> Iterator[list[str]]:
             yield messages
         messages += [str(w.message) for w in caught if "autoattack" in w.filename]
     finally:
+        sys.settrace(trace)
         source.removeHandler(handler)
         source.propagate = propagate
 
