@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -71,11 +72,11 @@ def create_backbone(
     :raises ValueError: If timm does not know the name, sizes are not usable, or small images ask for a stem that this
             function cannot give the network.
     """
-    channels, height, width = input_size
-    if min(input_size) < 1:
+    if not isinstance(input_size, (tuple, list)) or len(input_size) != 3 or min(input_size) < 1:
         raise ValueError(f"`input_size` must be (channels, height, width), each at least 1, got {input_size}.")
+    channels, height, width = input_size
     if not timm.is_model(name):
-        similar = timm.list_models(f"*{name.split('_')[0]}*")[:5]
+        similar = difflib.get_close_matches(name.lower().replace("-", ""), timm.list_models(), n=3)
         hint = f"; similar names: {', '.join(similar)}" if similar else ""
         raise ValueError(f"`name` must be a model that timm knows (timm.list_models()), got {name!r}{hint}.")
     small = min(height, width) <= SMALL_SIDE
@@ -86,21 +87,21 @@ def create_backbone(
             kwargs = {"patch_size": max(1, min(height, width) // 8), **kwargs}
     try:
         model = timm.create_model(name, num_classes=num_classes, in_chans=channels, **kwargs)
-    except TypeError as error:
-        raise ValueError(f"`name`: {name} does not take {sorted(kwargs)}: {error}") from error
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"`name`: timm cannot make {name} with {kwargs}: {error}") from error
     if small:
         if isinstance(model, ResNet):
             _shrink_resnet_stem(model)
         elif "patch_size" not in kwargs:
             raise ValueError(
-                f"`name`: images of {height}×{width} need a small stem, which is available for ResNets and ViTs, "
-                f"got {name} ({type(model).__name__})."
+                f"`name`: images of {height}×{width} need a small stem, which is available for timm's "
+                f"ResNet class and ViTs, got {name} ({type(model).__name__})."
             )
     return nn.Sequential(
         OrderedDict(
             normalize=Normalize(
-                _per_channel(mean if mean is not None else model.default_cfg["mean"], channels, "mean"),
-                _per_channel(std if std is not None else model.default_cfg["std"], channels, "std"),
+                _per_channel(mean, model.default_cfg["mean"], channels, "mean"),
+                _per_channel(std, model.default_cfg["std"], channels, "std"),
             ),
             model=model,
         )
@@ -118,9 +119,11 @@ def _shrink_resnet_stem(model: ResNet) -> None:
     model.maxpool = nn.Identity()
 
 
-def _per_channel(values: Sequence[float], channels: int, argument: str) -> list[float]:
+def _per_channel(values: Sequence[float] | None, of_timm: Sequence[float], channels: int, argument: str) -> list[float]:
+    if values is None:  # timm's are for colour images
+        values = list(of_timm) if len(of_timm) == channels else [sum(of_timm) / len(of_timm)] * channels
+    if not isinstance(values, (tuple, list)):
+        raise ValueError(f"`{argument}` must have one value for each of {channels} channels, got {values!r}.")
     if len(values) == channels:
         return list(values)
-    if argument in ("mean", "std") and len(values) == 3 and channels != 3:
-        return [sum(values) / 3] * channels  # timm's values are for colour images
     raise ValueError(f"`{argument}` has {len(values)} values, one for each of {channels} channels is needed.")

@@ -69,7 +69,8 @@ class GeneratorBatches(Batches):
     def __init__(self, generator: DataGenerator, classifier: PyTorchClassifier) -> None:
         if not isinstance(generator, DataGenerator):
             raise TypeError(
-                "`generator` must be an ART DataGenerator (art.data_generators), e.g. PyTorchDataGenerator, "
+                "`generator` must be an ART DataGenerator (art.data_generators), "
+                "PyTorchDataGenerator(loader, size=len(dataset), batch_size=128) for a DataLoader, "
                 f"got {type(generator).__name__}."
             )
         if generator.size is None:

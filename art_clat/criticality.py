@@ -18,7 +18,7 @@ from art_clat.features import Features
 from art_clat.guest import evaluation_mode, own_randomness
 from art_clat.layers import Layer
 from art_clat.network import Network
-from art_clat.validation import check_attack, check_classifier, check_data
+from art_clat.validation import check_attack, check_classifier, check_data, check_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,7 +81,10 @@ class Criticality(Sequence[LayerCriticality]):
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """
-        Draw the criticality of every layer as a bar chart, in execution order; the head's bars are hatched.
+        Draw the criticality of every layer as a bar chart, in execution order.
+
+        Bars start at 1: upwards for a layer that amplifies weakness, downwards for one that damps it. The head's are
+        hatched.
 
         :param ax: Where to draw, or `None` for a new figure.
         :return: The axes.
@@ -89,7 +92,7 @@ class Criticality(Sequence[LayerCriticality]):
         from art_clat.plots import label_layers, new_axes
 
         ax = ax if ax is not None else new_axes(width=max(6.0, min(24.0, 0.3 * len(self.layers) + 2)), height=4.5)
-        bars = ax.bar(range(len(self.layers)), [layer.criticality for layer in self.layers])
+        bars = ax.bar(range(len(self.layers)), [layer.criticality - 1 for layer in self.layers], bottom=1)
         for bar, layer in zip(bars, self.layers, strict=True):
             if layer.is_head:
                 bar.set(hatch="//", alpha=0.5)
@@ -153,8 +156,7 @@ def measure_criticality(
     else:
         labelled = True
     inputs, labels = check_data(classifier, x, y, argument="x", label_argument="y")
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    check_whole(batch_size, 1, argument="batch_size")
     network = Network(classifier)
     with own_randomness(seed, network.device), evaluation_mode(classifier._model):
         layers = network.find_layers(inputs, after_norm=after_norm)
@@ -203,7 +205,10 @@ def measure(
             input_sum += (x_adv - x).flatten(1).norm(dim=1).double().sum().item()
             nb_samples += len(x)
     if input_sum == 0:
-        raise ValueError("The attack moved no input: every weakness is zero. Its `eps` or `max_iter` may be zero.")
+        raise ValueError(
+            "The attack moved no input, so that every weakness is zero: it failed on every sample, or its `eps` or "
+            "`max_iter` is zero."
+        )
     input_weakness = input_sum / nb_samples / batches[0][0][0].numel()
     weakness = [total / nb_samples / layer.size for total, layer in zip(sums.tolist(), layers, strict=True)]
     return Criticality(

@@ -158,11 +158,11 @@ class History:
         size = float(np.clip(1500 / len(names), 6, 60))
         columns, heights = zip(*chosen, strict=True)
         ax.scatter(columns, heights, marker="o", s=size, facecolor="gold", edgecolor="black", linewidth=0.7)
-        label_layers(ax.yaxis, names)
+        label_layers(ax.yaxis, [layer.name + " (head)" * layer.is_head for layer in layers])
         _label_epochs(ax, [s.epoch for s in self.selections])
         ax.set_xlabel("selection before epoch")
-        ax.set_title("criticality index; ● = fine-tuned", fontsize=10)
-        colorbar = ax.figure.colorbar(image, ax=ax)
+        ax.set_title("gold: fine-tuned", fontsize=10)
+        colorbar = ax.figure.colorbar(image, ax=ax, extend="max", label="criticality index $C_i$")
         exponent = math.log2(extreme)
         ticks = [2**step for step in np.linspace(-exponent, exponent, 5)]
         colorbar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
@@ -194,7 +194,8 @@ class History:
                 curve = [math.nan if value is None else 100 * value for value in values]
                 ax.plot(epochs, curve, label=label, marker="." if len(epochs) < 30 else "", **cast(Any, style))
         for selection in self.selections:
-            ax.axvline(selection.epoch - 0.5, color="grey", linewidth=0.8, linestyle=":")
+            label = "layers chosen" if selection is self.selections[0] else ""
+            ax.axvline(selection.epoch - 0.5, color="grey", linewidth=0.8, linestyle=":", label=label)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_xlabel("epoch")
         ax.set_ylabel("accuracy [%]")

@@ -31,9 +31,9 @@ logger = logging.getLogger(__name__)
 
 #: RobustBench's names of the norms, what users write for them, and the balls.
 NORMS: dict[str, tuple[tuple[object, ...], type[LinfBall | L2Ball | L1Ball]]] = {
-    "Linf": (("Linf", "inf", np.inf), LinfBall),
-    "L2": (("L2", 2), L2Ball),
-    "L1": (("L1", 1), L1Ball),
+    "Linf": (("Linf", "linf", "inf", np.inf), LinfBall),
+    "L2": (("L2", "l2", 2), L2Ball),
+    "L1": (("L1", "l1", 1), L1Ball),
 }
 
 #: Test examples and ε that RobustBench's leaderboards ask for.
@@ -332,8 +332,8 @@ def _norm_name(norm: object) -> str:
 def _as_model(classifier_or_model: object) -> tuple[nn.Module, torch.device]:
     if isinstance(classifier_or_model, PyTorchClassifier):
         classifier = classifier_or_model
-        low, high = classifier.clip_values if classifier.clip_values is not None else (None, None)
-        if low is None or not (np.allclose(low, 0) and np.allclose(high, 1)):
+        clip = classifier.clip_values
+        if clip is None or not (np.allclose(clip[0], 0) and np.allclose(clip[1], 1)):
             raise ValueError(
                 f"`classifier_or_model`: AutoAttack perturbs within [0, 1], so the classifier's clip_values must be "
                 f"(0, 1), got {classifier.clip_values}."

@@ -152,6 +152,8 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         """
         Train a model adversarially with CLAT. See class documentation for more information on the exact procedure.
 
+        Every call counts its epochs from 0, warm-up included, and begins a new :attr:`history`.
+
         :param x: Training set, shape (n, *input_shape), floating point, within the classifier's ``clip_values``; it is
                not modified.
         :param y: Index labels, shape (n,), or one-hot labels, shape (n, nb_classes).
@@ -232,6 +234,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
                         chosen = self._select(epoch, layers, eligible, sample, seed)
                         freeze(chosen)
                         objective = self._make_objective(chosen)
+                    progress.set_description("adversarial training" if chosen is None else "CLAT")
                     self._train_epoch(epoch, batches, objective, chosen, attacks)
                     if scheduler is not None:
                         scheduler.step()
@@ -329,7 +332,15 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         optimizer = self._classifier.optimizer
         optimizer.zero_grad()
         guard = FiniteGuard(self._network.model)
-        loss = objective.loss(x, x_adv, y)
+        try:
+            loss = objective.loss(x, x_adv, y)
+        except ValueError as error:
+            if len(x) == 1 and "more than 1 value per channel" in str(error):
+                raise ValueError(
+                    "A batch of one sample cannot pass a BatchNorm in training: use another `batch_size`, or "
+                    "`drop_last=True` in `fit`."
+                ) from error
+            raise
         guard.check_loss(loss.loss)
         loss.loss.backward()
         guard.check_gradients()

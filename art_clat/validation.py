@@ -49,12 +49,15 @@ def check_attack(attack: object, classifier: PyTorchClassifier, *, argument: str
     :raises TypeError: If it is not an ``EvasionAttack``.
     :raises ValueError: If it is targeted, bound to another classifier, or has one ε a sample.
     """
+    if isinstance(attack, type) and issubclass(attack, EvasionAttack):
+        raise TypeError(f"`{argument}` is the class {attack.__name__}; an instance is needed, {attack.__name__}(...).")
     if not isinstance(attack, EvasionAttack):
         raise TypeError(
             f"`{argument}` must be an ART EvasionAttack, got {type(attack).__module__}.{type(attack).__qualname__}."
         )
     name = type(attack).__name__
-    if attack.estimator is not classifier:
+    # Some of ART's attacks (APGD with a loss) wrap the classifier they are given in one of their own.
+    if attack.estimator is not classifier and getattr(attack.estimator, "model", None) is not classifier.model:
         raise ValueError(
             f"`{argument}`: {name} is bound to another classifier; build it on the classifier that is trained, "
             f"{name}(classifier, ...)."
@@ -91,6 +94,8 @@ def check_data(
             ``clip_values``, or labels are no classes of the classifier.
     """
     x, y = np.asarray(x), np.asarray(y)
+    if x.shape == tuple(classifier.input_shape):
+        raise ValueError(f"`{argument}` is one input of shape {x.shape}; a batch is needed, `{argument}[None]`.")
     if len(x.shape) == 0 or len(x) == 0:
         raise ValueError(f"`{argument}` is empty; at least one input is needed.")
     if y.ndim == 0 or len(x) != len(y):
@@ -152,8 +157,12 @@ def check_at_least(value: float, minimum: float, *, argument: str) -> None:
     :param argument: Name of the argument, for the message.
     :raises ValueError: If it is smaller or not finite.
     """
-    if not (np.isfinite(value) and value >= minimum):
-        raise ValueError(f"`{argument}` must be at least {minimum}, got {value}.")
+    if not (_is_number(value) and np.isfinite(value) and value >= minimum):
+        raise ValueError(f"`{argument}` must be a number of at least {minimum}, got {value!r}.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
 
 
 def check_whole(value: object, minimum: int, *, argument: str) -> None:
@@ -177,8 +186,8 @@ def check_share(value: float, *, argument: str) -> None:
     :param argument: Name of the argument, for the message.
     :raises ValueError: If it is outside.
     """
-    if not 0 < value <= 1:
-        raise ValueError(f"`{argument}` must be in (0, 1], got {value}.")
+    if not (_is_number(value) and 0 < value <= 1):
+        raise ValueError(f"`{argument}` must be a number in (0, 1], got {value!r}.")
 
 
 def check_optimizer_holds(
@@ -192,7 +201,13 @@ def check_optimizer_holds(
     :raises ValueError: If one is missing.
     """
     held = {p for group in optimizer.param_groups for p in group["params"]}
-    missing = sorted({name for name, p in named_parameters if p.requires_grad and p not in held})
+    trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
+    missing = list(dict.fromkeys(name for name, p in trainable if p not in held))
+    if missing and not any(p in held for _, p in trainable):
+        raise ValueError(
+            "`classifier.optimizer` holds no parameter of `classifier.model`'s layers: it belongs to another model. "
+            "Build it on `model.parameters()`."
+        )
     if missing:
         raise ValueError(
             f"`classifier.optimizer` does not hold the parameters of {len(missing)} layer(s) that may be chosen, "

@@ -54,11 +54,14 @@ def test_normalisation_is_inside():
 @pytest.mark.parametrize(
     ("kwargs", "match"),
     [
-        ({"name": "resnet81"}, "`name` must be a model that timm knows"),
-        ({"name": "convnext_atto"}, "small stem, which is available for ResNets and ViTs"),
+        ({"name": "ResNet-18"}, "`name` must be a model that timm knows.*resnet18"),
+        ({"name": "convnext_atto"}, "small stem, which is available for"),
         ({"name": "resnet18", "input_size": (3, 0, 32)}, "`input_size`"),
+        ({"name": "resnet18", "input_size": 32}, "`input_size`"),
+        ({"name": "resnet18", "mean": 0.5}, "`mean` must have one value"),
+        ({"name": "mixer_s16_224"}, "timm cannot make"),
         ({"name": "resnet18", "mean": (0.5,)}, "`mean` has 1 values"),
-        ({"name": "resnet18", "depth_of_field": 3}, "does not take"),
+        ({"name": "resnet18", "depth_of_field": 3}, "timm cannot make resnet18 with"),
     ],
 )
 def test_bad_input(kwargs, match):

@@ -171,7 +171,9 @@ def test_table_and_bar_chart(chain, data, tmp_path):
     assert len(lines) == 5 and lines[-1].endswith("(head)")
     assert all(f"{layer.criticality:.4g}" in line for layer, line in zip(measured, lines[1:], strict=True))
     ax = measured.plot()
-    assert [bar.get_height() for bar in ax.patches] == pytest.approx([layer.criticality for layer in measured])
+    assert [bar.get_y() + bar.get_height() for bar in ax.patches] == pytest.approx(
+        [layer.criticality for layer in measured]
+    )
     ax.figure.savefig(tmp_path / "bars.png")
 
 

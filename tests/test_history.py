@@ -60,11 +60,12 @@ def test_heat_map_shows_every_layer_and_marks_the_chosen(nb_layers, tmp_path):
     ax = history.plot_heat_map()
     assert ax.images[0].get_array().shape == (nb_layers, 4)
     names = [layer.name for layer in history.selections[0].measured]
+    shown = [*names[:-1], "head (head)"]
     marks = [tuple(xy) for xy in ax.collections[0].get_offsets().tolist()]
     assert marks == [(i, names.index(s.chosen[0])) for i, s in enumerate(history.selections)]
     ticks = ax.get_yticks()
     assert len(ticks) <= MOST_LABELS and ticks[0] == 0
-    assert [label.get_text() for label in ax.get_yticklabels()] == [names[int(t)] for t in ticks]
+    assert [label.get_text() for label in ax.get_yticklabels()] == [shown[int(t)] for t in ticks]
     # labels do not overlap: each needs 8 points of the 72 in an inch
     assert ax.figure.get_size_inches()[1] * 72 / len(ticks) > 8
     save(ax, tmp_path / "heat-map.png")

@@ -5,7 +5,13 @@ import random
 import numpy as np
 import pytest
 import torch
-from art.attacks.evasion import BasicIterativeMethod, DeepFool, FastGradientMethod, ProjectedGradientDescent
+from art.attacks.evasion import (
+    AutoProjectedGradientDescent,
+    BasicIterativeMethod,
+    DeepFool,
+    FastGradientMethod,
+    ProjectedGradientDescent,
+)
 from art.data_generators import NumpyDataGenerator, PyTorchDataGenerator
 from art.defences.preprocessor import GaussianAugmentation, Preprocessor
 from art.defences.trainer import AdversarialTrainer, AdversarialTrainerMadryPGD
@@ -107,9 +113,15 @@ class TestHabitsOfART:
         trainer.fit(*data, batch_size=16, nb_epochs=1, **QUIET)
         assert shares == [5, 5, 5]
 
-    def test_attacks_of_any_kind(self, chain, data):
+    @pytest.mark.parametrize("kind", ["DeepFool", "APGD, which wraps the classifier it is given"])
+    def test_attacks_of_any_kind(self, chain, data, kind):
         classifier = make_classifier(chain)
-        attack = DeepFool(classifier, max_iter=2, verbose=True)
+        if kind == "DeepFool":
+            attack = DeepFool(classifier, max_iter=2, verbose=True)
+        else:
+            attack = AutoProjectedGradientDescent(
+                classifier, eps=0.1, eps_step=0.02, max_iter=3, nb_random_init=1, loss_type="cross_entropy"
+            )
         trainer = make_trainer(classifier, attack, warmup=1)
         trainer.fit(data[0][:16], data[1][:16], nb_epochs=2, **QUIET)
         assert len(trainer.history.selections) == 1 and attack.verbose is True
@@ -561,7 +573,7 @@ class TestBadInput:
         optimizer = torch.optim.SGD([*chain.first.parameters(), *chain.head.parameters()], lr=0.1)
         trainer = make_trainer(make_classifier(chain, optimizer=optimizer))
         before = snapshot(chain)
-        with pytest.raises(ValueError, match="does not hold the parameters of 2 layer.*hidden, second"):
+        with pytest.raises(ValueError, match="does not hold the parameters of 2 layer.*second, hidden"):
             trainer.fit(*data, **QUIET)
         assert not moved(chain, before)
         for layer in (chain.second, chain.hidden):
