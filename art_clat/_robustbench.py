@@ -13,6 +13,7 @@ import importlib.util
 import logging
 import sys
 import warnings
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -104,7 +105,11 @@ def _install_layer() -> None:
             bs: int = 250,
             return_labels: bool = False,
             state_path: Path | None = None,
+            *,
+            batch_size: int | None = None,
         ) -> Any:
+            if batch_size is not None:  # the package calls itself, in its own way
+                return super().run_standard_evaluation(x_orig, y_orig, batch_size=batch_size, state_path=state_path)
             x_adv, y_adv = super().run_standard_evaluation(x_orig, y_orig, batch_size=bs, state_path=state_path)
             return (x_adv, y_adv) if return_labels else x_adv
 
@@ -113,5 +118,6 @@ def _install_layer() -> None:
     layer.AutoAttack = AutoAttack  # type: ignore[attr-defined]
     layer.state = pyautoattack.state  # type: ignore[attr-defined]
     layer.__path__ = []
+    layer.__spec__ = ModuleSpec("autoattack", None, is_package=True)
     sys.modules["autoattack"] = layer
     sys.modules["autoattack.state"] = pyautoattack.state

@@ -150,6 +150,7 @@ class Ascent:
                 x_adv.requires_grad_(True)
                 (gradient,) = torch.autograd.grad(objective(x_adv).sum(), x_adv)
             with torch.no_grad():
+                gradient = torch.where(gradient.isnan(), torch.zeros_like(gradient), gradient)  # as ART does
                 if self.decay is not None:
                     velocity = self.decay * velocity + _scaled(gradient, 1 / _norms(gradient, 1))
                     gradient = velocity

@@ -18,7 +18,7 @@ from art_clat.features import Features
 from art_clat.guest import evaluation_mode, own_randomness
 from art_clat.layers import Layer
 from art_clat.network import Network
-from art_clat.validation import check_attack, check_classifier, check_data, check_whole
+from art_clat.validation import check_attack, check_classifier, check_data, check_seed, check_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -150,32 +150,22 @@ def measure_criticality(
     """
     check_classifier(classifier, needs_optimizer=False)
     check_attack(attack, classifier, argument="attack")
-    if y is None:
-        y = np.zeros(len(x), dtype=np.int64)
-        labelled = False
-    else:
-        labelled = True
-    inputs, labels = check_data(classifier, x, y, argument="x", label_argument="y")
+    labels_or_any = np.zeros(len(x), dtype=np.int64) if y is None else y
+    inputs, labels = check_data(classifier, x, labels_or_any, argument="x", label_argument="y")
     check_whole(batch_size, 1, argument="batch_size")
+    check_seed(seed)
     network = Network(classifier)
     with own_randomness(seed, network.device), evaluation_mode(classifier._model):
         layers = network.find_layers(inputs, after_norm=after_norm)
-        batches = []
-        for start in range(0, len(inputs), batch_size):
-            batch = inputs[start : start + batch_size].to(network.device)
-            if labelled:
-                target = labels[start : start + batch_size].to(network.device)
-            else:
-                with torch.no_grad():
-                    target = network.logits(batch).argmax(dim=1)
-            batches.append((batch, target))
+        parts = labels.split(batch_size) if y is not None else [None] * -(-len(inputs) // batch_size)
+        batches = list(zip(inputs.split(batch_size), parts, strict=True))
         return measure(network, layers, batches, OutputAttack(attack, network))
 
 
 def measure(
     network: Network,
     layers: Sequence[Layer],
-    batches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    batches: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
     attack: OutputAttack,
 ) -> Criticality:
     """
@@ -183,7 +173,7 @@ def measure(
 
     :param network: The network.
     :param layers: Its layers in execution order.
-    :param batches: Inputs and labels.
+    :param batches: Inputs, and labels or `None` for the network's own predictions.
     :param attack: The output attack that gives δ.
     :return: One entry a layer.
     :raises ValueError: If the attack moved no input.
@@ -193,7 +183,9 @@ def measure(
     input_sum, nb_samples = 0.0, 0
     with evaluation_mode(network.classifier._model):
         for x, y in batches:
-            x, y = x.to(network.device), y.to(network.device)
+            x = x.to(network.device)
+            with torch.no_grad():
+                y = network.logits(x).argmax(dim=1) if y is None else y.to(network.device)
             x_adv = attack(x, y)
             with torch.no_grad():
                 with features.keep(stop=True):

@@ -37,7 +37,7 @@ def tap(
             feature = feature_tensor(output)
             if feature is None:
                 raise RuntimeError(f"Layer {layer.name!r} returned no tensor.")
-            on_feature(layer, feature)
+            on_feature(layer, feature.movedim(layer.batch_dim, 0))
             left -= 1
             if stop and left == 0:
                 raise _LastFeatureSeen

@@ -66,39 +66,27 @@ def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
 
 class FiniteGuard:
     """
-    Keeps a training step whose loss or gradient is not finite from reaching the network.
+    Puts a network back as it was before a training step that made it, or its loss, not finite.
 
-    Made before the forward pass, which already moves buffers (BatchNorm statistics); these are put back.
-
-    :param model: The network, before the forward pass.
+    :param model: The network, before the forward pass, which already moves BatchNorm statistics.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        tensors = [*(p for p in model.parameters() if p.requires_grad), *model.buffers()]
+        self._before = [(tensor, tensor.detach().clone()) for tensor in tensors]
 
-    def check_loss(self, loss: torch.Tensor) -> None:
+    def check(self, what: str, *values: torch.Tensor) -> None:
         """
-        Check the loss and the buffers after the forward pass.
+        Check the network's weights and buffers, and some values.
 
-        :param loss: A scalar.
-        :raises FloatingPointError: If one is not finite.
+        :param what: What has just been done, for the message.
+        :param values: Further tensors to check.
+        :raises FloatingPointError: If one of them is not finite; weights and buffers are as before then.
         """
-        sums = (buffer.sum() for buffer, _ in self._buffers if buffer.is_floating_point())
-        self._check([loss.detach(), *sums], "loss, or a BatchNorm statistic,")
-
-    def check_gradients(self) -> None:
-        """
-        Check the gradients after the backward pass.
-
-        :raises FloatingPointError: If one is not finite.
-        """
-        self._check([p.grad.norm() for p in self._model.parameters() if p.grad is not None], "gradient")
-
-    def _check(self, values: list[torch.Tensor], what: str) -> None:
-        if not values or torch.isfinite(torch.stack([value.float() for value in values])).all():
+        tensors = [*values, *(tensor for tensor, _ in self._before)]
+        if torch.stack([torch.isfinite(tensor.detach()).all() for tensor in tensors]).all():
             return
         with torch.no_grad():
-            for buffer, before in self._buffers:
-                buffer.copy_(before)
+            for tensor, before in self._before:
+                tensor.copy_(before)
         raise FloatingPointError(f"The {what} is not finite")

@@ -33,7 +33,8 @@ class EpochRecord:
     :param seconds: Of training; validation and selection are not included.
     :param train_clean_accuracy: On the training batches as they were passed, in [0, 1]; `None` where no clean logits
            were computed.
-    :param train_robust_accuracy: The same on the perturbed training batches.
+    :param train_robust_accuracy: The same on the perturbed training batches, which hold clean samples too if `ratio` is
+           below 1.
     :param clean_accuracy: On the validation data, in [0, 1]; `None` without them.
     :param robust_accuracy: On the validation data under the trainer's first attack.
     """

@@ -8,7 +8,7 @@ from art.estimators.classification import PyTorchClassifier
 from torch import nn
 
 from art_clat.guest import evaluation_mode
-from art_clat.layers import PROBE_SIZE, Layer, find_layers
+from art_clat.layers import Layer, find_layers
 
 
 class Network:
@@ -32,15 +32,14 @@ class Network:
             else tuple(torch.as_tensor(np.asarray(c, np.float32), device=self.device) for c in clip)
         )
 
-    def logits(self, x: torch.Tensor, *, fit: bool = False) -> torch.Tensor:
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
         """
-        Give the network's output, through ART's preprocessing.
+        Give the network's output, through the preprocessing that ART applies at prediction.
 
         :param x: Inputs as the user gives them, shape (batch, *input_shape).
-        :param fit: Apply the preprocessing that ART applies in training, not that of prediction.
         :return: Shape (batch, nb_classes).
         """
-        x, _ = self._preprocess(x, None, fit=fit)
+        x, _ = self._preprocess(x, None, fit=False)
         return self._forward(x)
 
     def loss(self, x: torch.Tensor, y: torch.Tensor, *, fit: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,9 +73,11 @@ class Network:
         :param after_norm: Take features after a layer's norm.
         :return: See :func:`art_clat.layers.find_layers`.
         """
-        probe = x[:1].to(self.device).repeat(PROBE_SIZE, *[1] * (x.ndim - 1))
+        one = x[:1].to(self.device)
         with evaluation_mode(self.model):
-            return find_layers(self.model, lambda: self.logits(probe), after_norm=after_norm)
+            return find_layers(
+                self.model, lambda size: self.logits(one.expand(size, *one.shape[1:])), after_norm=after_norm
+            )
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
         # ART's wrapper returns a list whose last element is the logits, and holds the Hugging Face processor.

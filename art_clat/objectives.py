@@ -98,9 +98,9 @@ class AdversarialCLAT(Objective):
 
     def loss(self, x: torch.Tensor, x_adv: torch.Tensor, y: torch.Tensor) -> BatchLoss:
         with self.features.keep(stop=True):
-            self.network.logits(x, fit=True)
+            self.network.logits(x)
         with self.features.compare():
-            cross_entropy, logits = self.network.loss(x_adv, y, fit=True)
+            cross_entropy, logits = self.network.loss(x_adv, y)
         return _weighted(cross_entropy, self.features.total_distance(len(x)), self.weight, logits)
 
 
@@ -128,9 +128,8 @@ class CleanCLAT(Objective):
         self.single_step = single_step
 
     def perturb(self, attack: OutputAttack, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        if attack.ascent is None:
-            raise ValueError(f"`objective='clean'` needs an attack of the PGD family, not {type(attack.attack)!r}.")
         full = attack.ascent
+        assert full is not None, "the trainer has checked this"
         ascent = full.single_step() if self.single_step else replace(full, random_start=True, decay=None)
 
         def distance(z: torch.Tensor) -> torch.Tensor:
@@ -145,9 +144,9 @@ class CleanCLAT(Objective):
 
     def loss(self, x: torch.Tensor, x_adv: torch.Tensor, y: torch.Tensor) -> BatchLoss:
         with self.features.keep():
-            cross_entropy, logits = self.network.loss(x, y, fit=True)
+            cross_entropy, logits = self.network.loss(x, y)
         with self.features.compare(stop=True):
-            self.network.logits(x_adv, fit=True)
+            self.network.logits(x_adv)
         return _weighted(cross_entropy, self.features.total_distance(len(x)), self.weight, logits)
 
 

@@ -24,8 +24,9 @@ from torch import nn
 from art_clat._robustbench import autoattack, robustbench_utils
 from art_clat.attacks import Ascent, L1Ball, L2Ball, LinfBall
 from art_clat.guest import evaluation_mode, own_randomness
+from art_clat.layers import only_trainable
 from art_clat.network import Network
-from art_clat.validation import check_whole
+from art_clat.validation import check_labels, check_seed, check_whole
 
 logger = logging.getLogger(__name__)
 
@@ -174,14 +175,18 @@ def evaluate_robustness(
         raise ValueError(f"`autoattack_version` must be one of {versions}, got {autoattack_version!r}.")
     make_autoattack = None if autoattack_version is None else autoattack().AutoAttack
     model, device = _as_model(classifier_or_model)
-    inputs, labels = _check_examples(x, y)
+    inputs = _check_images(x, y)
+    check_seed(seed)
     start = time.perf_counter()
-    with own_randomness(seed, device), evaluation_mode(model), _without_weight_gradients(model):
-        nb_classes = _check_logits(model, inputs[:batch_size].to(device), labels)
-        if make_autoattack is not None and nb_classes < 4:
+    with own_randomness(seed, device), evaluation_mode(model), only_trainable(model, []):
+        nb_classes = _count_classes(model, inputs[:batch_size].to(device))
+        labels = check_labels(y, nb_classes, argument="y")
+        labels = labels if labels.ndim == 1 else labels.argmax(dim=1)
+        needed = 3 if autoattack_version == "rand" else 4  # the DLR loss is of three logits, its targeted form of four
+        if make_autoattack is not None and nb_classes < needed:
             raise ValueError(
-                f"AutoAttack's targeted DLR loss needs at least 4 classes, the network has {nb_classes}. Pass "
-                "`autoattack_version=None`."
+                f"AutoAttack's DLR loss needs at least {needed} classes in version {autoattack_version!r}, the network "
+                f"has {nb_classes}. Pass `autoattack_version=None`."
             )
         clean = _is_correct(model, inputs, labels, device, batch_size)
         pgd = Ascent(
@@ -232,7 +237,7 @@ def write_robustbench_entry(
     authors: str | None = None,
     venue: str | None = None,
     architecture: str | None = None,
-    additional_data: bool = False,
+    additional_data: bool | None = None,
     footnote: str | None = None,
 ) -> Path:
     """
@@ -250,8 +255,8 @@ def write_robustbench_entry(
     :param authors: Authors of the paper.
     :param venue: Where it was published.
     :param architecture: The network, as RobustBench writes it, e.g. ``"ResNet-18"``.
-    :param additional_data: Whether other training data were used.
-    :param footnote: What else readers should know.
+    :param additional_data: Whether other training data were used; `None` for what the entry says, or else no.
+    :param footnote: What else readers should know; footnotes are written anew every time.
     :return: The file. One that is there already is updated.
     :raises ValueError: If AutoAttack was not run, RobustBench has no such threat model, or a name cannot be a file's.
     :raises ImportError: If RobustBench is not installed.
@@ -284,11 +289,12 @@ def write_robustbench_entry(
         additional_data=additional_data,
         number_forward_passes=1,
         dataset=dataset,
-        eps=_as_robustbench_writes(report.eps),
+        eps=_as_robustbench_writes(report.eps, report.norm),
     )
     notes = [*([footnote] if footnote else []), *_shortfalls(report, dataset)]
     entry = json.loads(path.read_text(encoding="utf-8"))
     entry.update({key: value for key, value in dataclasses.asdict(described).items() if value is not None})
+    entry["additional_data"] = bool(entry["additional_data"])
     entry["footnote"] = " ".join(notes) or None
     path.write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
     return path
@@ -310,16 +316,19 @@ def _shortfalls(report: RobustnessReport, dataset: str) -> list[str]:
     if eps is None:
         found.append(f"RobustBench has no {report.norm} leaderboard for {dataset}")
     elif not np.isclose(report.eps, eps, rtol=1e-6):
-        found.append(f"ε = {_as_robustbench_writes(report.eps)} instead of {_as_robustbench_writes(eps)}")
+        here, there = (_as_robustbench_writes(value, report.norm) for value in (report.eps, eps))
+        found.append(f"ε = {here} instead of {there}")
     if report.autoattack_version != "standard":
         found.append(f"AutoAttack's {report.autoattack_version} version instead of the standard one")
+    found += [f"AutoAttack warned: {message}" for message in report.warnings]
     return [f"Not a leaderboard result: {'; '.join(found)}."] if found else []
 
 
-def _as_robustbench_writes(eps: float) -> str:
-    """Write ε as a fraction of 255 where it is one, e.g. ``8/255``."""
+def _as_robustbench_writes(eps: float, norm: str) -> str:
+    """Write ε as RobustBench does: for Linf as a fraction of 255 where it is one, e.g. ``8/255``."""
     pixels = eps * 255
-    return f"{round(pixels)}/255" if np.isclose(pixels, round(pixels), rtol=0, atol=1e-6) else f"{eps:g}"
+    in_pixels = norm == "Linf" and np.isclose(pixels, round(pixels), rtol=0, atol=1e-6)
+    return f"{round(pixels)}/255" if in_pixels else f"{eps:g}"
 
 
 def _norm_name(norm: object) -> str:
@@ -354,28 +363,26 @@ def _as_model(classifier_or_model: object) -> tuple[nn.Module, torch.device]:
     )
 
 
-def _check_examples(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    x, y = np.asarray(x), np.asarray(y)
-    if y.ndim == 2:
-        y = y[:, 0] if y.shape[1] == 1 else y.argmax(axis=1)
+def _check_images(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> torch.Tensor:
+    x = np.asarray(x)
     if x.ndim != 4 or len(x) == 0 or len(x) != len(y):
         raise ValueError(
-            f"`x` and `y` must be images of shape (n, channels, height, width) and as many labels, "
-            f"got shapes {x.shape} and {y.shape}."
+            "`x` and `y` must be images of shape (n, channels, height, width) and as many labels, "
+            f"got shape {x.shape} and {len(y)} labels."
         )
     if not np.issubdtype(x.dtype, np.floating) or not np.isfinite(x).all() or x.min() < 0 or x.max() > 1:
         raise ValueError(f"`x` must be floating point in [0, 1], got {x.dtype} in [{x.min():.6g}, {x.max():.6g}].")
-    return torch.as_tensor(x.astype(np.float32)), torch.as_tensor(y.astype(np.int64))
+    return torch.as_tensor(x.astype(np.float32))
 
 
-def _check_logits(model: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> int:
-    """Refuse outputs that are no logits of these classes; give the number of classes."""
+def _count_classes(model: nn.Module, x: torch.Tensor) -> int:
+    """Give the number of classes, and refuse outputs that are no logits."""
     with torch.no_grad():
         output = model(x)
-    if output.ndim != 2 or labels.min() < 0 or labels.max() >= output.shape[1]:
+    if not isinstance(output, torch.Tensor) or output.ndim != 2:
         raise ValueError(
-            f"`y` holds labels from {int(labels.min())} to {int(labels.max())}; the network gives outputs of shape "
-            f"{tuple(output.shape)}."
+            "`classifier_or_model` must give logits of shape (n, nb_classes), "
+            f"got {tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__}."
         )
     if (output >= 0).all() and torch.allclose(output.sum(dim=1), torch.ones(len(output), device=x.device), atol=1e-4):
         raise ValueError(
@@ -404,19 +411,6 @@ def _perturb(
 
 
 @contextlib.contextmanager
-def _without_weight_gradients(model: nn.Module) -> Iterator[None]:
-    """AutoAttack calls ``backward``: without this it would leave gradients on the user's parameters."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
-@contextlib.contextmanager
 def _collected_warnings() -> Iterator[list[str]]:
     """
     Collect what AutoAttack's checks warn of in the logger it uses, or through `warnings`.
@@ -439,6 +433,9 @@ def _collected_warnings() -> Iterator[list[str]]:
             warnings.simplefilter("always")
             yield messages
         messages += [str(w.message) for w in caught if "autoattack" in w.filename]
+        for other in caught:
+            if "autoattack" not in other.filename:
+                warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
     finally:
         sys.settrace(trace)
         source.removeHandler(handler)

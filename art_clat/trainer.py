@@ -48,7 +48,11 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
        of their features under attack (eq. 5 and 6).
 
     Nothing is added to the network. After ``fit``, also one that raised, its ``requires_grad`` flags, training modes
-    and hooks and the global random generators are as they were before.
+    and hooks and the global random generators are as they were before. Gradients are dropped, and so is the optimiser's
+    state of a layer when it is frozen: stale momentum must not move it when it is chosen again.
+
+    The first stage applies ART's preprocessing of training, the second that of prediction: an augmentation that differs
+    between the clean and the perturbed pass would be measured as a feature distance.
 
     | Please keep in mind the limitations of defences. While adversarial training is widely regarded as a promising,
         principled approach to making classifiers more robust (see https://arxiv.org/abs/1802.00420), very careful
@@ -104,6 +108,8 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
                 or an attack is targeted, bound to another classifier, or not usable with ``objective="clean"``.
         """
         check.check_classifier(classifier, needs_optimizer=True)
+        if isinstance(classifier.optimizer, torch.optim.LBFGS):
+            raise ValueError("`classifier` has the optimizer LBFGS, which wants to evaluate the loss itself.")
         attack_list = attacks if isinstance(attacks, (list, tuple)) else [attacks]
         if not attack_list:
             raise ValueError("`attacks` is empty; at least one attack is needed.")
@@ -116,7 +122,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         check.check_whole(reselect_every, 1, argument="reselect_every")
         check.check_whole(selection_samples, 1, argument="selection_samples")
         if seed is not None:
-            check.check_whole(seed, 0, argument="seed")
+            check.check_seed(seed)
         if objective not in OBJECTIVES:
             raise ValueError(f"`objective` must be one of {', '.join(map(repr, OBJECTIVES))}, got {objective!r}.")
         if single_step and objective != "clean":
@@ -218,14 +224,13 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         validation = None if validation_data is None else self._check_validation(validation_data)
         seed = int(np.random.randint(2**32, dtype=np.uint64)) if self.seed is None else self.seed
         attacks = cycle(self._attacks)
-        history = History()
-        with self._as_guest(seed) as freeze:
+        with own_randomness(seed, self._network.device):
             sample = batches.sample(self.selection_samples)
             layers = self._network.find_layers(sample[0][0], after_norm=self.after_norm)
-            eligible = eligible_layers(layers, head_eligible=self.head_eligible)
-            self._check_optimizer(layers if self.warmup else eligible)
-            self.history = history
-
+        eligible = eligible_layers(layers, head_eligible=self.head_eligible)
+        self._check_optimizer(None if self.warmup else eligible)
+        self.history = history = History()
+        with self._as_guest(seed) as freeze:
             chosen: list[Layer] | None = None  # the whole network
             objective: Objective = AdversarialTraining(self._network)
             with trange(nb_epochs, desc="CLAT", unit="epoch", disable=not verbose) as progress:
@@ -341,10 +346,10 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
                     "`drop_last=True` in `fit`."
                 ) from error
             raise
-        guard.check_loss(loss.loss)
+        guard.check("loss, or a BatchNorm statistic,", loss.loss)
         loss.loss.backward()
-        guard.check_gradients()
         optimizer.step()
+        guard.check("result of the optimiser's step")
         return loss
 
     def _perturb(self, objective: Objective, attack: OutputAttack, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -389,12 +394,13 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         with ExitStack() as stack:
             stack.enter_context(own_modes(model))
             stack.enter_context(own_randomness(seed, self._network.device))
-            stack.callback(optimizer.zero_grad)
+            stack.callback(model.zero_grad)
             freezing = stack.enter_context(ExitStack())
 
             def freeze(chosen: list[Layer]) -> None:
                 freezing.close()
                 freezing.enter_context(only_trainable(self._network.model, chosen))
+                model.zero_grad()  # an optimiser passes over what has no gradient, whatever its momentum and decay
                 for parameter in self._trainable:
                     if not parameter.requires_grad:
                         optimizer.state.pop(parameter, None)
@@ -432,8 +438,12 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
             self._classifier, *validation_data, argument="validation_data[0]", label_argument="validation_data[1]"
         )
 
-    def _check_optimizer(self, layers: list[Layer]) -> None:
-        named = ((layer.name, parameter) for layer in layers for parameter in layer.parameters())
+    def _check_optimizer(self, layers: list[Layer] | None) -> None:
+        if layers is None:  # the whole network, by the names of the modules that own the parameters
+            parameters = self._network.model.named_parameters()
+            named = [(name.rpartition(".")[0] or name, parameter) for name, parameter in parameters]
+        else:
+            named = [(layer.name, parameter) for layer in layers for parameter in layer.parameters()]
         check.check_optimizer_holds(self._classifier.optimizer, named)
 
 

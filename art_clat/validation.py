@@ -110,6 +110,7 @@ def check_data(
         raise ValueError(
             f"`{argument}` has inputs of shape {x.shape[1:]}, the classifier takes {tuple(classifier.input_shape)}."
         )
+    x = x.astype(np.float32, copy=False)
     if not np.isfinite(x).all():
         bad = int((~np.isfinite(x)).reshape(len(x), -1).any(axis=1).sum())
         raise ValueError(f"`{argument}` holds NaN or infinity, in {bad} of {len(x)} inputs; finite values are needed.")
@@ -120,10 +121,24 @@ def check_data(
                 f"`{argument}` lies in [{x.min():.6g}, {x.max():.6g}], outside the classifier's clip_values "
                 f"[{low.min():.6g}, {high.max():.6g}]."
             )
-    return torch.as_tensor(x.astype(np.float32, copy=False)), _labels(y, int(classifier.nb_classes), label_argument)
+    if not x.flags.writeable:  # a memory map, say, which torch would warn of
+        x = x.copy()
+    return torch.as_tensor(x), check_labels(y, int(classifier.nb_classes), argument=label_argument)
 
 
-def _labels(y: npt.NDArray[np.generic], nb_classes: int, argument: str) -> torch.Tensor:
+def check_labels(y: npt.NDArray[np.generic], nb_classes: int, *, argument: str) -> torch.Tensor:
+    """
+    Check labels and give them as a tensor.
+
+    :param y: As in :func:`check_data`.
+    :param nb_classes: Number of classes.
+    :param argument: Name of `y`, for messages.
+    :return: As in :func:`check_data`.
+    :raises ValueError: If they are no labels of these classes.
+    """
+    y = np.asarray(y)
+    if y.dtype.kind not in "biuf":
+        raise ValueError(f"`{argument}` must hold numbers, 0…{nb_classes - 1}, got {y.dtype}.")
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
     if y.ndim == 1:
@@ -176,6 +191,18 @@ def check_whole(value: object, minimum: int, *, argument: str) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < minimum:
         raise ValueError(f"`{argument}` must be a whole number of at least {minimum}, got {value!r}.")
+
+
+def check_seed(value: object) -> None:
+    """
+    Refuse what cannot seed NumPy's and torch's generators.
+
+    :param value: What the user passed as ``seed``.
+    :raises ValueError: If it is not a whole number in 0 … 2**32 − 1.
+    """
+    check_whole(value, 0, argument="seed")
+    if int(value) >= 2**32:  # type: ignore[call-overload]
+        raise ValueError(f"`seed` must be below 2**32, got {value}.")
 
 
 def check_share(value: float, *, argument: str) -> None:

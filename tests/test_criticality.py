@@ -1,5 +1,6 @@
 import copy
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -155,7 +156,7 @@ def test_costs_one_attack_and_two_forward_passes(chain, data):
     passes = []
     chain.first.register_forward_hook(lambda *_: passes.append(1))
     measure_criticality(classifier, *data, attack=make_attack(classifier, max_iter=4), batch_size=24)
-    assert len(passes) == 1 + 2 * (4 + 2)  # finding the layers, and two batches
+    assert len(passes) == 2 + 2 * (4 + 2)  # finding the layers, and two batches
 
 
 def test_attack_that_moves_nothing_is_refused(chain, data):
@@ -189,7 +190,7 @@ class TestSelection:
     def case(self, chain, data):
         classifier = make_classifier(chain)
         measured = measure_criticality(classifier, *data, attack=make_attack(classifier))
-        layers = find_layers(chain, lambda: chain(torch.tensor(data[0][:7])))
+        layers = find_layers(chain, lambda size: chain(torch.tensor(data[0][:size])))
         return measured, layers
 
     @pytest.mark.parametrize(("fraction", "count"), [(0.05, 1), (0.25, 1), (0.5, 2), (0.75, 3), (1.0, 4)])
@@ -199,6 +200,14 @@ class TestSelection:
         index = {layer.name: layer.criticality for layer in measured}
         largest = sorted(index, key=index.get)[-count:]
         assert [layer.name for layer in chosen] == [layer.name for layer in layers if layer.name in largest]
+
+    @pytest.mark.parametrize(("nb_layers", "count"), [(7, 1), (20, 1), (29, 1), (31, 2), (50, 2), (53, 3), (90, 4)])
+    def test_budget_is_a_share_of_all_layers_rounded(self, case, nb_layers, count):
+        measured, layers = case
+        measured = replace(measured, layers=tuple(measured[i % 3] for i in range(nb_layers)))
+        layers = [replace(layers[0], name=str(i)) for i in range(nb_layers)]
+        eligible = layers[: nb_layers // 2 + 2]
+        assert len(most_critical(measured, layers, eligible, fraction=0.05)) == count
 
     def test_head_is_left_out_unless_asked_for(self, case):
         _, layers = case

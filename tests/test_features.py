@@ -3,12 +3,12 @@ import torch
 from conftest import INPUT_SHAPE
 
 from art_clat.features import Features, tap
-from art_clat.layers import PROBE_SIZE, find_layers
+from art_clat.layers import find_layers
 
 
 @pytest.fixture
 def layers(chain):
-    return find_layers(chain, lambda: chain(torch.rand(PROBE_SIZE, *INPUT_SHAPE)))
+    return find_layers(chain, lambda size: chain(torch.rand(size, *INPUT_SHAPE)))
 
 
 def test_kept_features_are_not_overwritten_in_place(chain, layers):

@@ -5,12 +5,13 @@ from conftest import Normed
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from art_clat.layers import PROBE_SIZE, find_layers, is_weighted_model, only_trainable, train_only
+from art_clat.features import Features
+from art_clat.layers import find_layers, is_weighted_model, only_trainable, train_only
 
 
 def layers_of(model, *shape, **kwargs):
     model.eval()
-    return find_layers(model, lambda: model(torch.rand(PROBE_SIZE, *shape)), **kwargs)
+    return find_layers(model, lambda size: model(torch.rand(size, *shape)), **kwargs)
 
 
 def test_residual_backbone_in_execution_order_with_its_shapes():
@@ -122,8 +123,8 @@ def test_attention_module_and_parametrized_weights_are_layers():
 def test_hooks_are_gone_afterwards_also_when_the_network_fails():
     model = Normed().eval()
 
-    def fail():
-        model(torch.rand(PROBE_SIZE, 2, 6, 6))
+    def fail(size):
+        model(torch.rand(size, 2, 6, 6))
         raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
@@ -154,4 +155,113 @@ def test_train_only_puts_the_rest_in_evaluation_mode():
     model = Normed()
     layers = layers_of(model, 2, 6, 6)
     train_only(model, layers[1:2])
-    assert {name for name, module in model.named_modules() if module.training} == {"conv2", "bn2"}
+    assert {name for name, module in model.named_modules() if module.training} == {"bn2"}
+
+
+@pytest.mark.parametrize("length", [5, 7, 9, 35])
+def test_batch_may_be_the_second_dimension(length):
+    class SequenceFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.encoder = nn.Linear(3, 8), nn.TransformerEncoderLayer(8, 2, 16)
+            self.positions, self.head = nn.Embedding(length, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = self.embed(x).transpose(0, 1) + self.positions(torch.arange(length))[:, None]
+            return self.head(self.encoder(x).mean(0))
+
+    model = SequenceFirst().eval()
+    layers = {layer.name: layer for layer in layers_of(model, length, 3)}
+    assert list(layers) == ["embed", "encoder.self_attn", "encoder.linear1", "encoder.linear2", "head"]
+    assert (layers["encoder.linear1"].batch_dim, layers["encoder.linear1"].shape) == (1, (length, 16))
+    x, z, features = torch.rand(3, length, 3), torch.rand(3, length, 3), Features([layers["encoder.linear1"]])
+    outputs = []
+    model.encoder.linear1.register_forward_hook(lambda module, args, output: outputs.append(output))
+    with torch.no_grad():
+        with features.keep():
+            model(x)
+        with features.compare():
+            model(z)
+    by_hand = (outputs[1] - outputs[0]).transpose(0, 1).flatten(1).norm(dim=1)
+    torch.testing.assert_close(features.total_distance(3), by_hand)
+
+
+def test_distance_of_a_layer_that_runs_twice_is_over_both():
+    fc = nn.Linear(6, 6)
+    outputs = []
+    fc.register_forward_hook(lambda module, args, output: outputs.append(output))
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.head = fc, nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.head(self.fc(self.fc(x).relu()))
+
+    model = Shared()
+    features = Features(layers_of(model, 6)[:1])
+    outputs.clear()
+    with features.keep():
+        model(torch.rand(3, 6))
+    with features.compare():
+        model(torch.rand(3, 6))
+    by_hand = torch.cat([outputs[2] - outputs[0], outputs[3] - outputs[1]], dim=1).norm(dim=1)
+    torch.testing.assert_close(features.total_distance(3), by_hand)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_tensor_written_into_is_another_tensor(inplace):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.fc = nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.Linear(2, 4)
+
+        def forward(self, x):
+            out = self.conv(x)
+            out = out.add_(x) if inplace else out + x
+            return self.fc(self.bn(out).mean((2, 3)))
+
+    model = Net()
+    assert all(model.bn not in layer.modules for layer in layers_of(model, 2, 6, 6))
+
+
+def test_norm_in_the_name_of_a_linear_layer_makes_no_norm():
+    class NormedLinear(nn.Linear):
+        pass
+
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), NormedLinear(48, 4))
+    assert [(layer.name, layer.is_head) for layer in layers_of(model, 2, 6, 6)] == [("0", False), ("2", True)]
+
+
+def test_hidden_layer_as_narrow_as_the_head_is_no_head():
+    model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 4))
+    assert [layer.is_head for layer in layers_of(model, 6)] == [False, True]
+
+
+def test_both_heads_of_a_distilled_transformer():
+    model = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, depth=1, num_classes=10)
+    assert [layer.name for layer in layers_of(model, 3, 32, 32) if layer.is_head] == ["head", "head_dist"]
+
+
+def test_norm_shared_by_two_layers_gives_neither_its_feature():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.bn = nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)
+            self.fc = nn.Linear(2, 4)
+
+        def forward(self, x):
+            return self.fc(self.bn(self.two(self.bn(self.one(x)))).mean((2, 3)))
+
+    model = Shared()
+    one, two, _ = layers_of(model, 2, 6, 6, after_norm=True)
+    assert (one.output, two.output) == (model.one, model.two)
+
+
+def test_norm_that_its_owner_has_frozen_keeps_its_statistics():
+    model = Normed()
+    layers = layers_of(model, 2, 6, 6)
+    model.bn2.requires_grad_(False)
+    train_only(model, layers[1:2])
+    assert not model.bn2.training

@@ -4,7 +4,7 @@ from conftest import INPUT_SHAPE, make_attack, make_classifier
 from torch import nn
 
 from art_clat.attacks import OutputAttack
-from art_clat.layers import PROBE_SIZE, find_layers
+from art_clat.layers import find_layers
 from art_clat.network import Network
 from art_clat.objectives import AdversarialCLAT, AdversarialTraining, CleanCLAT
 
@@ -15,7 +15,7 @@ WEIGHT = 0.3
 @pytest.fixture
 def case(chain, data):
     network = Network(make_classifier(chain))
-    layers = find_layers(chain, lambda: chain(torch.rand(PROBE_SIZE, *INPUT_SHAPE)))
+    layers = find_layers(chain, lambda size: chain(torch.rand(size, *INPUT_SHAPE)))
     chosen = [layer for layer in layers if layer.name in CHOSEN]
     x, y = torch.tensor(data[0]), torch.tensor(data[1])
     x_adv = (x + 0.1 * torch.randn_like(x)).clamp(0, 1)

@@ -1,4 +1,6 @@
 import contextlib
+import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
@@ -101,6 +103,36 @@ class TestEvaluation:
         )
         np.testing.assert_array_equal(first.pgd, second.pgd)
 
+    def test_an_example_that_only_pgd_gets_right_is_not_robust(self):
+        class Backwards(nn.Module):
+            """Its loss gradient leads to the right class."""
+
+            def forward(self, x):
+                value = x.mean((1, 2, 3))
+                score = torch.where(value > 0.5, value, 1 - value)
+                return torch.stack([score, 0.6 - score, 0 * score, 0 * score], dim=1) * 20
+
+        x, y = np.full((4, 1, 2, 2), 0.45, np.float32), np.ones(4, int)
+        report = evaluate_robustness(Backwards(), x, y, norm="Linf", eps=0.3, autoattack_version=None)
+        assert (report.clean_accuracy, report.pgd_accuracy) == (0, 0)
+
+    def test_pgd_starts_at_random_and_steps_by_a_quarter(self, digits):
+        classifier, x, y = digits
+        perturbed = []
+        handle = classifier.model[0].register_forward_pre_hook(lambda module, args: perturbed.append(args[0].detach()))
+        evaluate_robustness(
+            classifier, x, y, norm="Linf", eps=0.04, pgd_max_iter=1, autoattack_version=None, seed=3, batch_size=24
+        )
+        handle.remove()
+        (start,) = [z for z in perturbed[2:3]]  # after the check of the logits, and the clean pass
+        start, x = start - torch.tensor(x), torch.tensor(x)
+        inside = (x > 0.05) & (x < 0.95)
+        assert start.abs().max() <= 0.04 + 1e-6 and start[inside].std() > 0.015
+        step = perturbed[3] - torch.tensor(digits[1]) - start
+        moved = step[inside].abs()
+        free = (perturbed[3] - x)[inside].abs() < 0.0399
+        assert moved[free].max() == pytest.approx(0.01, abs=1e-6)
+
     @pytest.mark.parametrize(("norm", "eps"), [("L2", 0.3), ("L1", 1.0)])
     def test_other_norms(self, digits, norm, eps):
         classifier, x, y = digits
@@ -202,9 +234,20 @@ class TestRobustBenchEntry:
         assert "ε = 0.04 instead of 8/255" in footnote("cifar10")
         assert "no leaderboard for digits" in footnote("digits")
 
-    def test_a_full_result_has_no_reservation(self, report, tmp_path):
-        import dataclasses
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ({"autoattack_version": "rand"}, "AutoAttack's rand version instead of the standard one"),
+            ({"warnings": ("it seems to be a randomized defense!",)}, "AutoAttack warned: it seems to be a randomized"),
+            ({"norm": "L2", "eps": 1.0}, "ε = 1 instead of 0.5"),
+        ],
+    )
+    def test_says_what_else_keeps_it_from_the_leaderboard(self, report, tmp_path, change, said):
+        full = dataclasses.replace(report, nb_examples=10_000, **{"eps": 8 / 255, **change})
+        path = write_robustbench_entry(full, model_id="M", dataset="cifar10", directory=tmp_path)
+        assert said in json.loads(path.read_text())["footnote"]
 
+    def test_a_full_result_has_no_reservation(self, report, tmp_path):
         full = dataclasses.replace(report, nb_examples=10_000, eps=8 / 255)
         path = write_robustbench_entry(full, model_id="M", dataset="cifar10", directory=tmp_path)
         entry = json.loads(path.read_text())
@@ -212,9 +255,10 @@ class TestRobustBenchEntry:
 
     def test_updates_an_entry_that_is_there(self, report, tmp_path):
         write_robustbench_entry(report, model_id="M", dataset="cifar10", directory=tmp_path, venue="First")
+        write_robustbench_entry(report, model_id="M", dataset="cifar10", directory=tmp_path, additional_data=True)
         path = write_robustbench_entry(report, model_id="M", dataset="cifar10", directory=tmp_path, name="Second")
         entry = json.loads(path.read_text())
-        assert (entry["venue"], entry["name"]) == ("First", "Second")
+        assert (entry["venue"], entry["name"], entry["additional_data"]) == ("First", "Second", True)
 
     def test_leaves_the_working_directory(self, report, tmp_path):
         before = os.getcwd()
@@ -222,8 +266,6 @@ class TestRobustBenchEntry:
         assert os.getcwd() == before
 
     def test_bad_input(self, report, tmp_path):
-        import dataclasses
-
         def write(report, **kwargs):
             write_robustbench_entry(report, **{"model_id": "M", "dataset": "cifar10", "directory": tmp_path, **kwargs})
 
@@ -233,6 +275,17 @@ class TestRobustBenchEntry:
             write(dataclasses.replace(report, norm="L1"))
         with pytest.raises(ValueError, match="`model_id` must be a plain file name"):
             write(report, model_id="../M")
+
+
+def test_the_layer_over_pyautoattack_is_a_proper_module(digits):
+    classifier, x, y = digits
+    autoattack()
+    assert importlib.util.find_spec("autoattack") is not None  # other libraries may ask
+    adversary = autoattack().AutoAttack(
+        classifier.model.eval(), eps=0.3, device="cpu", verbose=False, version="custom", attacks_to_run=["apgd-ce"]
+    )
+    adversary.verbose = False
+    assert set(adversary.run_standard_evaluation_individual(torch.tensor(x), torch.tensor(y))) == {"apgd-ce"}
 
 
 def test_importing_the_package_does_not_import_the_evaluation_or_matplotlib():

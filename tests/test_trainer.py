@@ -13,7 +13,8 @@ from art.attacks.evasion import (
     ProjectedGradientDescent,
 )
 from art.data_generators import NumpyDataGenerator, PyTorchDataGenerator
-from art.defences.preprocessor import GaussianAugmentation, Preprocessor
+from art.defences.preprocessor import Preprocessor
+from art.defences.preprocessor.preprocessor import PreprocessorPyTorch
 from art.defences.trainer import AdversarialTrainer, AdversarialTrainerMadryPGD
 from art.estimators.classification import HuggingFaceClassifierPyTorch, PyTorchClassifier
 from conftest import INPUT_SHAPE, Chain, Normed, make_attack, make_classifier
@@ -225,7 +226,7 @@ class TestTheMethod:
 
     def test_warm_up_is_arts_adversarial_training(self, data):
         """Same network, one batch an epoch, no random start: Madry's trainer of ART does the same to 1e-5."""
-        ours, theirs = Chain(), Chain()
+        ours, theirs = (Normed().apply(lambda m: setattr(m, "p", 0.0)) for _ in range(2))  # no dropout
         theirs.load_state_dict(ours.state_dict())
         classifier = make_classifier(ours)
         trainer = make_trainer(classifier, make_attack(classifier, max_iter=3), warmup=4)
@@ -236,6 +237,13 @@ class TestTheMethod:
         madry.fit(*data)
         for key, value in theirs.state_dict().items():
             torch.testing.assert_close(ours.state_dict()[key], value, atol=1e-5, rtol=1e-4)
+
+    def test_head_that_the_optimizer_does_not_hold_is_noticed_before_the_warm_up(self, chain, data):
+        optimizer = torch.optim.SGD([p for n, p in chain.named_parameters() if "head" not in n], lr=0.1)
+        make_trainer(make_classifier(chain, optimizer=optimizer)).fit(*data, nb_epochs=1, **QUIET)
+        trainer = make_trainer(make_classifier(chain, optimizer=optimizer), warmup=1)
+        with pytest.raises(ValueError, match=r"1 layer.*head"):
+            trainer.fit(*data, **QUIET)
 
     def test_warm_up_epochs_are_counted_as_awp_does(self, chain, data):
         trainer = make_trainer(make_classifier(chain), warmup=2, reselect_every=3)
@@ -297,6 +305,108 @@ def _pgd(network, x, y, eps=0.1, step=0.03, steps=4):
     return z
 
 
+class TestArgumentsArrive:
+    def test_single_step_and_after_norm(self, normed, data):
+        classifier = make_classifier(normed)
+        trainer = make_trainer(classifier, objective="clean", single_step=True, after_norm=True)
+        seen = []
+        step = trainer._step
+        trainer._step = lambda objective, *args: seen.append(objective) or step(objective, *args)
+        trainer.fit(*data, batch_size=48, nb_epochs=1, **QUIET)
+        (objective,) = seen
+        assert objective.single_step
+        assert isinstance(objective.features.layers[0].output, nn.BatchNorm2d)
+
+    def test_drop_last(self, chain, data):
+        sizes = []
+        trainer = make_trainer(make_classifier(chain))
+        step = trainer._step
+        trainer._step = lambda objective, x, *args: sizes.append(len(x)) or step(objective, x, *args)
+        trainer.fit(*data, batch_size=20, nb_epochs=1, **QUIET)
+        trainer.fit(*data, batch_size=20, nb_epochs=1, drop_last=True, **QUIET)
+        assert sizes == [20, 20, 8, 20, 20]
+
+    def test_labels_reach_any_attack_with_their_own_inputs(self, chain, data):
+        """Also when only a share of the batch is perturbed."""
+        classifier = make_classifier(chain)
+        label_of = {x.tobytes(): y for x, y in zip(*data, strict=True)}
+        seen = []
+
+        class Recording(ProjectedGradientDescent):
+            def generate(self, x, y=None, **kwargs):
+                seen.extend(label_of[one.tobytes()] == label.argmax() for one, label in zip(x, y, strict=True))
+                return super().generate(x, y, **kwargs)
+
+        attack = Recording(classifier, eps=0.1, eps_step=0.05, max_iter=2, verbose=False)
+        make_trainer(classifier, attack, ratio=0.5, warmup=1).fit(*data, batch_size=16, nb_epochs=2, **QUIET)
+        assert len(seen) == 2 * 24 + 48 and all(seen)
+
+    def test_first_attack_measures_and_validates(self, chain, data):
+        classifier = make_classifier(chain)
+        first, second = make_attack(classifier, eps=0.15, eps_step=0.05), FastGradientMethod(classifier, eps=0.01)
+        trainer = make_trainer(classifier, [first, second], selection_samples=48)
+        expected = measure_criticality(classifier, *data, attack=first)
+        trainer.fit(*data, validation_data=data, nb_epochs=1, **QUIET)
+        measured = trainer.history.selections[0].measured
+        assert [x.criticality for x in measured] == pytest.approx([x.criticality for x in expected], rel=1e-4)
+        robust = (classifier.predict(first.generate(*data)).argmax(1) == data[1]).mean()
+        assert trainer.history.epochs[0].robust_accuracy == pytest.approx(robust)
+
+    def test_selection_sample_is_drawn_at_random_but_once(self, chain, data):
+        x = np.sort(data[0].reshape(48, -1), axis=0).reshape(data[0].shape)  # the first are the darkest
+        trainer = make_trainer(make_classifier(chain), selection_samples=12, reselect_every=1)
+        samples = []
+        select = trainer._select
+        trainer._select = lambda epoch, layers, eligible, sample, seed: (
+            samples.append(torch.cat([part for part, _ in sample])) or select(epoch, layers, eligible, sample, seed)
+        )
+        trainer.fit(x, data[1], nb_epochs=2, batch_size=16, **QUIET)
+        assert len(samples[0]) == 12 and torch.equal(*samples)
+        assert samples[0].mean() > x[:12].mean() + 0.02
+
+    def test_history_holds_means_over_samples(self, chain, data):
+        """With batches of 40 and 8 samples, and weights that do not move."""
+        classifier = make_classifier(chain, lr=0.0)
+        for objective, index in (("adversarial", 1), ("clean", 0)):
+            attack = make_attack(classifier)
+            trainer = make_trainer(classifier, attack, objective=objective)
+            trainer.fit(*data, batch_size=40, nb_epochs=1, **QUIET)
+            record = trainer.history.epochs[0]
+            inputs = (data[0], attack.generate(*data))[index]
+            losses = classifier.compute_loss(inputs, data[1])
+            accuracy = (classifier.predict(inputs).argmax(1) == data[1]).mean()
+            assert record.cross_entropy == pytest.approx(losses.mean(), rel=1e-5)
+            assert record.loss == pytest.approx(record.cross_entropy + 0.1 * record.criticality_loss, rel=1e-5)
+            assert (record.train_clean_accuracy, record.train_robust_accuracy)[index] == pytest.approx(accuracy)
+            assert (record.train_clean_accuracy, record.train_robust_accuracy)[1 - index] is None
+
+    def test_generator_batches_looked_at_ahead_keep_their_order(self, chain, data):
+        generator = NumpyDataGenerator(*data, batch_size=16)
+        seen = []
+        trainer = make_trainer(make_classifier(chain), selection_samples=40)
+        step = trainer._step
+        trainer._step = lambda objective, x, *args: seen.append(x) or step(objective, x, *args)
+        trainer.fit_generator(generator, nb_epochs=1, **QUIET)
+        np.testing.assert_array_equal(torch.cat(seen).numpy(), data[0])
+
+    def test_second_stage_uses_the_preprocessing_of_prediction(self, chain, data):
+        class BrighterInTraining(PreprocessorPyTorch):
+            def __init__(self):
+                super().__init__(is_fitted=True, apply_fit=True, apply_predict=False)
+                self._device = torch.device("cpu")
+                self.calls = 0
+
+            def forward(self, x, y=None):
+                self.calls += 1
+                return x + 0.1, y
+
+        defence = BrighterInTraining()
+        classifier = make_classifier(chain, preprocessing_defences=defence)
+        trainer = make_trainer(classifier, warmup=1)
+        trainer.fit(*data, batch_size=48, nb_epochs=3, **QUIET)
+        assert defence.calls == 1  # the one update of the warm-up, and no attack
+
+
 class TestFrozenMeansFrozen:
     @pytest.mark.parametrize("objective", ["adversarial", "clean"])
     @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
@@ -338,6 +448,21 @@ class TestFrozenMeansFrozen:
         trainer.fit(*data, nb_epochs=3, **QUIET)
         assert momentum == {0: set(), 1: set(), 2: set()}
 
+    def test_a_layer_that_stays_chosen_keeps_its_momentum(self, chain, data):
+        classifier = make_classifier(chain)
+        trainer = make_trainer(classifier, reselect_every=1)
+        train_epoch, momentum = trainer._train_epoch, []
+
+        def recording(*args):
+            momentum.append({n for n, p in chain.named_parameters() if p in classifier.optimizer.state})
+            train_epoch(*args)
+
+        trainer._train_epoch = recording
+        trainer.fit(*data, nb_epochs=2, **QUIET)
+        first, second = (set(s.chosen) for s in trainer.history.selections)
+        assert first == second
+        assert momentum == [set(), {f"{name}.{kind}" for name in first for kind in ("weight", "bias")}]
+
     def test_share_of_the_parameters_in_log_and_history(self, normed, data, caplog):
         normed.conv1.weight.requires_grad_(False)
         trainer = make_trainer(make_classifier(normed), critical_fraction=0.75)
@@ -372,6 +497,7 @@ class TestGuest:
             torch.get_rng_state().tolist(),
             np.random.get_state()[1].tolist(),
         )
+        assert any(before[2])
         trainer = make_trainer(classifier, warmup=0 if stage == "clat" else 5)
         if failure is None:
             trainer.fit(*data, validation_data=data, batch_size=16, nb_epochs=2, **QUIET)
@@ -388,18 +514,18 @@ class TestGuest:
             classifier.optimizer.step = failing
             with pytest.raises(failure):
                 trainer.fit(*data, validation_data=data, batch_size=16, nb_epochs=2, **QUIET)
-        handle.remove()
         after = (
             [m.training for m in classifier._model.modules()],
             [p.requires_grad for p in normed.parameters()],
-            [h for h in before[2]],
+            [list(m._forward_hooks) for m in normed.modules()],
             [list(m._forward_pre_hooks) for m in normed.modules()],
             random.getstate(),
             torch.get_rng_state().tolist(),
             np.random.get_state()[1].tolist(),
         )
         assert after == before
-        assert not any(m._forward_hooks for m in normed.modules())
+        assert all(p.grad is None for p in normed.parameters())
+        handle.remove()
 
     def test_equal_seeds_give_equal_results_bit_for_bit(self, data):
         states, histories = [], []
@@ -459,6 +585,23 @@ class TestNonFinite:
             trainer.fit(*data, batch_size=8, nb_epochs=3, **QUIET)
         assert all(torch.isfinite(value).all() for value in normed.state_dict().values())
 
+    def test_a_step_that_overflows_is_undone(self, normed, data):
+        classifier = make_classifier(normed, lr=float("inf"))
+        before = snapshot(normed)
+        with pytest.raises(FloatingPointError, match="not finite in epoch 0, batch 0"):
+            make_trainer(classifier).fit(*data, batch_size=48, nb_epochs=1, **QUIET)
+        assert not moved(normed, before)
+
+    def test_a_large_but_finite_gradient_passes(self, chain, data):
+        class Huge(nn.CrossEntropyLoss):
+            def forward(self, logits, y):
+                return 1e22 * super().forward(logits, y)
+
+        classifier = make_classifier(chain, loss=Huge(), lr=1e-23)
+        before = snapshot(chain)
+        make_trainer(classifier, warmup=1).fit(*data, nb_epochs=1, **QUIET)
+        assert moved(chain, before)
+
     def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(self, chain, data):
         class Steep(nn.Module):
             reduction = "mean"
@@ -471,7 +614,7 @@ class TestNonFinite:
         before = snapshot(chain)
         trainer = make_trainer(classifier, attack, warmup=1)
         trainer._perturb = lambda objective, attack, x, y: x
-        with pytest.raises(FloatingPointError, match="gradient is not finite"):
+        with pytest.raises(FloatingPointError, match="step is not finite"):
             trainer.fit(*data, nb_epochs=1, **QUIET)
         assert not moved(chain, before)
 
@@ -484,6 +627,7 @@ class TestBadInput:
             ("critical_fraction", 1.01), ("criticality_weight", -0.1), ("criticality_weight", float("nan")),
             ("warmup", -1), ("warmup", 1.5),
             ("reselect_every", 0), ("objective", "both"), ("single_step", True), ("selection_samples", 0), ("seed", -1),
+            ("seed", 2**32), ("critical_fraction", "5%"),
         ],
     )  # fmt: skip
     def test_arguments(self, chain, argument, value):
@@ -529,6 +673,8 @@ class TestBadInput:
             (lambda x, y: (x, y + 0.5), "no whole numbers"),
             (lambda x, y: (x, np.eye(5)[y]), "`y` has shape"),
             (lambda x, y: (x, 2 * np.eye(4)[y]), "no class probabilities"),
+            (lambda x, y: (x, y.astype(str)), "must hold numbers"),
+            (lambda x, y: (x.astype(np.float64) * 1e300, y), "NaN or infinity"),
         ],
     )
     def test_data(self, normed, data, change, match):
@@ -569,6 +715,26 @@ class TestBadInput:
             trainer.fit_generator(iter([data]))
         assert not moved(chain, before)
 
+    def test_one_input_instead_of_a_batch(self, chain, data):
+        with pytest.raises(ValueError, match=r"one input of shape \(2, 6, 6\); a batch is needed"):
+            make_trainer(make_classifier(chain)).fit(data[0][0], data[1][:1], **QUIET)
+
+    def test_optimizers(self, chain, data):
+        with pytest.raises(ValueError, match="LBFGS"):
+            make_trainer(make_classifier(chain, optimizer=torch.optim.LBFGS(chain.parameters())))
+        chain.head.weight.grad = torch.ones_like(chain.head.weight)
+        other = torch.optim.SGD(Chain().parameters(), 0.1)
+        with pytest.raises(ValueError, match="belongs to another model"):
+            make_trainer(make_classifier(chain, optimizer=other)).fit(*data, **QUIET)
+        assert chain.head.weight.grad is not None  # nothing was touched
+
+    def test_batch_of_one_sample_that_a_batch_norm_cannot_take(self, data):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(72, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
+        trainer = make_trainer(make_classifier(model))
+        with pytest.raises(ValueError, match="drop_last=True"):
+            trainer.fit(*data, batch_size=47, nb_epochs=1, **QUIET)
+        trainer.fit(*data, batch_size=47, nb_epochs=1, drop_last=True, **QUIET)
+
     def test_optimizer_that_does_not_hold_a_layer(self, chain, data):
         optimizer = torch.optim.SGD([*chain.first.parameters(), *chain.head.parameters()], lr=0.1)
         trainer = make_trainer(make_classifier(chain, optimizer=optimizer))
@@ -588,12 +754,3 @@ class TestBadInput:
         trainer = make_trainer(make_classifier(model), head_eligible=True)
         trainer.fit(*data, nb_epochs=1, **QUIET)
         assert trainer.history.selections[0].chosen == ("1",)
-
-
-def test_preprocessing_of_training_only_is_not_attacked_through(chain, data):
-    """A defence that ART applies in training alone sees the training batches, not the attack's."""
-    defence = GaussianAugmentation(sigma=0.0, augmentation=False, apply_fit=True, apply_predict=False)
-    classifier = make_classifier(chain, preprocessing_defences=defence)
-    make_trainer(classifier, ProjectedGradientDescent(classifier, 2, 0.5, 0.2, max_iter=2, verbose=False)).fit(
-        *data, nb_epochs=1, **QUIET
-    )
