@@ -66,7 +66,7 @@ def train(model, train_data, validation_data, *, epochs, seed, **clat):
 def trained_parameters(history, total):
     """Say how many parameters were trained: all, or from the smallest to the largest selection."""
     counts = [record.trainable_parameters for record in history.selections] or [total]
-    return " to ".join(f"{count:,} ({100 * count / total:.2g} %)" for count in sorted({min(counts), max(counts)}))
+    return " to ".join(f"{count:,} ({100 * count / total:.3g} %)" for count in sorted({min(counts), max(counts)}))
 
 
 def main():
