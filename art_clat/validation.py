@@ -110,7 +110,8 @@ def check_data(
         raise ValueError(
             f"`{argument}` has inputs of shape {x.shape[1:]}, the classifier takes {tuple(classifier.input_shape)}."
         )
-    x = x.astype(np.float32, copy=False)
+    with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is refused as such
+        x = x.astype(np.float32, copy=False)
     if not np.isfinite(x).all():
         bad = int((~np.isfinite(x)).reshape(len(x), -1).any(axis=1).sum())
         raise ValueError(f"`{argument}` holds NaN or infinity, in {bad} of {len(x)} inputs; finite values are needed.")
