@@ -342,12 +342,16 @@ class TestArgumentsArrive:
         classifier = make_classifier(chain)
         first, second = make_attack(classifier, eps=0.15, eps_step=0.05), FastGradientMethod(classifier, eps=0.01)
         trainer = make_trainer(classifier, [first, second], selection_samples=48)
+        with torch.no_grad():
+            for parameter in chain.parameters():
+                parameter.mul_(4)  # so that the stronger attack fools where the weaker one does not
         expected = measure_criticality(classifier, *data, attack=first)
         trainer.fit(*data, validation_data=data, nb_epochs=1, **QUIET)
         measured = trainer.history.selections[0].measured
         assert [x.criticality for x in measured] == pytest.approx([x.criticality for x in expected], rel=1e-4)
         robust = (classifier.predict(first.generate(*data)).argmax(1) == data[1]).mean()
         assert trainer.history.epochs[0].robust_accuracy == pytest.approx(robust)
+        assert robust < (classifier.predict(second.generate(*data)).argmax(1) == data[1]).mean()
 
     def test_selection_sample_is_drawn_at_random_but_once(self, chain, data):
         x = np.sort(data[0].reshape(48, -1), axis=0).reshape(data[0].shape)  # the first are the darkest
