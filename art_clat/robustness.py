@@ -144,7 +144,8 @@ def evaluate_robustness(
 
     AutoAttack is its authors' own package. The network runs in evaluation mode and comes back as it was, the global
     random generators included. An example counts as robust only if it is also classified correctly as it is. PGD's
-    accuracy is an upper bound that AutoAttack tightens; where the two are far apart, gradients are masked.
+    accuracy is an upper bound that AutoAttack tightens; where the two are far apart, suspect masked
+    gradients.
 
     :param classifier_or_model: An ART classifier with ``clip_values=(0, 1)``, or a network that takes inputs in [0, 1],
            with its normalisation inside; either gives logits. A network is evaluated on the device it is on.

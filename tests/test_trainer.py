@@ -489,15 +489,19 @@ class TestGuest:
         normed.conv1.weight.requires_grad_(False)
         handle = normed.fc.register_forward_hook(lambda *_: None)
         random.seed(3)
-        before = (
-            [m.training for m in classifier._model.modules()],
-            [p.requires_grad for p in normed.parameters()],
-            [list(m._forward_hooks) for m in normed.modules()],
-            [list(m._forward_pre_hooks) for m in normed.modules()],
-            random.getstate(),
-            torch.get_rng_state().tolist(),
-            np.random.get_state()[1].tolist(),
-        )
+
+        def state():
+            return (
+                [m.training for m in classifier._model.modules()],
+                [p.requires_grad for p in normed.parameters()],
+                [list(m._forward_hooks) for m in normed.modules()],
+                [list(m._forward_pre_hooks) for m in normed.modules()],
+                random.getstate(),
+                torch.get_rng_state().tolist(),
+                np.random.get_state()[1].tolist(),
+            )
+
+        before = state()
         assert any(before[2])
         trainer = make_trainer(classifier, warmup=0 if stage == "clat" else 5)
         if failure is None:
@@ -515,16 +519,7 @@ class TestGuest:
             classifier.optimizer.step = failing
             with pytest.raises(failure):
                 trainer.fit(*data, validation_data=data, batch_size=16, nb_epochs=2, **QUIET)
-        after = (
-            [m.training for m in classifier._model.modules()],
-            [p.requires_grad for p in normed.parameters()],
-            [list(m._forward_hooks) for m in normed.modules()],
-            [list(m._forward_pre_hooks) for m in normed.modules()],
-            random.getstate(),
-            torch.get_rng_state().tolist(),
-            np.random.get_state()[1].tolist(),
-        )
-        assert after == before
+        assert state() == before
         assert all(p.grad is None for p in normed.parameters())
         handle.remove()
 
