@@ -16,8 +16,14 @@ import torch
 from art.attacks import EvasionAttack
 from art.attacks.evasion import FastGradientMethod, ProjectedGradientDescent, ProjectedGradientDescentPyTorch
 
+from art_clat.distributed import Part
 from art_clat.guest import evaluation_mode
+from art_clat.layers import only_trainable
 from art_clat.network import Network
+
+#: Samples that an attack works on at once on a CPU: those whose activations stay in its caches. Attacks of ART's own
+#: have the same number as the default of their `batch_size`.
+CHUNK = 32
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Ball(abc.ABC):
     :param clip_values: Smallest and largest valid input, or `None`.
     """
 
-    eps: torch.Tensor
+    eps: float | torch.Tensor
     clip_values: tuple[torch.Tensor, ...] | None
 
     @abc.abstractmethod
@@ -55,7 +61,7 @@ class Ball(abc.ABC):
         """
         Draw perturbations uniformly from the ball.
 
-        :param x: Inputs, for their shape, type and device.
+        :param x: Inputs, for their shape, type and device; never read.
         :return: Same shape as `x`.
         """
 
@@ -76,7 +82,7 @@ class LinfBall(Ball):
         return gradient.sign()
 
     def project(self, delta: torch.Tensor) -> torch.Tensor:
-        return torch.clamp(delta, -self.eps, self.eps)
+        return torch.clamp(delta, -self.eps, self.eps)  # type: ignore[arg-type]  # numbers or tensors
 
     def sample(self, x: torch.Tensor) -> torch.Tensor:
         return (2 * torch.rand_like(x) - 1) * self.eps
@@ -129,29 +135,46 @@ class Ascent:
     """
 
     ball: Ball
-    step: torch.Tensor
+    step: float | torch.Tensor
     nb_steps: int
     random_start: bool
     decay: float | None = None
 
-    def __call__(self, objective: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    def start(self, x: torch.Tensor, part: Part) -> torch.Tensor:
+        """
+        Give the points to climb from.
+
+        :param x: Inputs, shape (batch, ...).
+        :param part: Which of the whole batch they are. Whatever the part, the random numbers drawn are those of the
+               whole batch, so that a sample starts where it would if one process had them all.
+        :return: Same shape as `x`.
+        """
+        if not self.random_start:
+            return x
+        whole = x if len(x) == part.total else x.new_empty(()).expand(part.total, *x.shape[1:])
+        return self.ball.clip(x + self.ball.sample(whole)[part.mine])
+
+    def __call__(
+        self, objective: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, start: torch.Tensor
+    ) -> torch.Tensor:
         """
         Ascend an objective from every input of a batch (Madry et al., arXiv 1706.06083).
 
         :param objective: Gives one value a sample, or their sum or mean, for a perturbed batch.
-        :param x: Inputs, shape (batch, ...).
+        :param x: Inputs, shape (batch, ...), the centres of the balls.
+        :param start: Where to climb from, same shape.
         :return: Perturbed inputs, same shape, detached.
         """
         ball = self.ball
-        x_adv = ball.clip(x + ball.sample(x)) if self.random_start else x.clone()
-        velocity = torch.zeros_like(x)
+        x_adv = start.clone()
+        velocity = torch.zeros_like(x) if self.decay is not None else None
         for _ in range(self.nb_steps):
             with torch.enable_grad():
                 x_adv.requires_grad_(True)
                 (gradient,) = torch.autograd.grad(objective(x_adv).sum(), x_adv)
             with torch.no_grad():
                 gradient = torch.where(gradient.isnan(), torch.zeros_like(gradient), gradient)  # as ART does
-                if self.decay is not None:
+                if velocity is not None and self.decay is not None:
                     velocity = self.decay * velocity + _scaled(gradient, 1 / _norms(gradient, 1))
                     gradient = velocity
                 stepped = ball.clip(x_adv + self.step * ball.steepest(gradient))
@@ -188,21 +211,27 @@ class OutputAttack:
         """The attack's ball and steps, as they are now; `None` where the attack runs through ``generate``."""
         return _ascent(self.attack, self.network) if self.network.is_differentiable else None
 
-    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, y: torch.Tensor, part: Part | None = None) -> torch.Tensor:
         """
         Perturb a batch so that the classifier's loss on its labels grows. The network runs in evaluation mode.
 
         :param x: Inputs, shape (batch, *input_shape).
         :param y: Index labels, shape (batch,), or class probabilities, shape (batch, nb_classes).
+        :param part: Which of a larger batch these are; `None` for all of it.
         :return: Adversarial examples, same shape as `x`.
         """
-        with evaluation_mode(self.network.classifier._model):
-            ascent = self.ascent
+        ascent = self.ascent
+        with evaluation_mode(self.network.classifier._model), only_trainable(self.network.model, []):
             if ascent is None:
                 return self._generate(x, y)
-            x_adv = ascent(lambda z: self.network.loss(z, y)[0], x)
+
+            def climb() -> torch.Tensor:
+                start = ascent.start(x, part or Part(len(x)))
+                return in_chunks(lambda x, y, start: ascent(self.network.loss_on(y), x, start), x, y, start)
+
+            x_adv = climb()
             for _ in range(self.attack.num_random_init - 1):
-                again = ascent(lambda z: self.network.loss(z, y)[0], x)
+                again = climb()
                 fooled = self._fooled(again, y).view(-1, *[1] * (x.ndim - 1))
                 x_adv = torch.where(fooled, again, x_adv)
         return x_adv
@@ -215,6 +244,19 @@ class OutputAttack:
         with _quiet(self.attack):
             arrays = self.attack.generate(x.cpu().numpy(), y=self.network.one_hot(y).cpu().numpy())
         return torch.as_tensor(np.asarray(arrays, np.float32), device=x.device)
+
+
+def in_chunks(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+    """
+    Apply a function that treats samples one by one, on a CPU to as many at once as its caches hold.
+
+    :param function: Takes the tensors, or the same chunk of each, and gives a tensor with as many rows.
+    :param tensors: First dimensions equal.
+    :return: What the function gives for all.
+    """
+    if tensors[0].device.type != "cpu" or len(tensors[0]) <= CHUNK:
+        return function(*tensors)
+    return torch.cat([function(*chunk) for chunk in zip(*(t.split(CHUNK) for t in tensors), strict=True)])
 
 
 def _ascent(attack: EvasionAttack, network: Network) -> Ascent | None:
@@ -234,13 +276,14 @@ def _ascent(attack: EvasionAttack, network: Network) -> Ascent | None:
     if ball is None or (np.ndim(attack.eps) > 0 and ball is not LinfBall):
         return None
 
-    def tensor(value: object) -> torch.Tensor:
-        return torch.as_tensor(np.asarray(value, np.float32), device=network.device)
+    def in_float32(value: object) -> float | torch.Tensor:
+        array = np.asarray(value, np.float32)
+        return torch.as_tensor(array, device=network.device) if array.ndim else float(array)
 
-    eps = tensor(attack.eps)
+    eps = in_float32(attack.eps)
     return Ascent(
         ball=ball(eps, network.clip_values),
-        step=tensor(attack.eps_step) if is_pgd else eps,
+        step=in_float32(attack.eps_step) if is_pgd else eps,
         nb_steps=int(attack.max_iter) if is_pgd else 1,
         random_start=attack.num_random_init > 0,
         # ART keeps the decay of ProjectedGradientDescent in the attack it wraps only.

@@ -3,31 +3,51 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from art.data_generators import DataGenerator
 from art.estimators.classification import PyTorchClassifier
 
+from art_clat.distributed import Part, Ranks
 from art_clat.validation import check_data
+
+#: The share of a GPU's free memory up to which the training set is kept there.
+DEVICE_SHARE = 0.3
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 class Batches(abc.ABC):
-    """An epoch's batches of inputs and labels, every time it is iterated over."""
+    """An epoch's batches of inputs and labels."""
+
+    @property
+    @abc.abstractmethod
+    def nb_batches(self) -> int:
+        """Batches in an epoch."""
 
     @abc.abstractmethod
-    def __iter__(self) -> Iterator[Batch]:
-        """Give one epoch, in an order drawn from torch's generator."""
+    def example(self) -> torch.Tensor:
+        """Give at least one input."""
 
     @abc.abstractmethod
-    def sample(self, nb_samples: int) -> list[Batch]:
+    def epoch(self, first: int, ranks: Ranks) -> Iterator[tuple[torch.Tensor, torch.Tensor, Part]]:
+        """
+        Give the batches of one epoch, in an order drawn from torch's generator when the iteration begins.
+
+        :param first: The batch to begin with.
+        :param ranks: The processes that share a batch.
+        :return: Inputs and labels of this process, and which of the batch they are.
+        """
+
+    @abc.abstractmethod
+    def sample(self, nb_samples: int, ranks: Ranks) -> list[Batch]:
         """
         Draw training samples to measure on; the epochs lose nothing by it.
 
-        :param nb_samples: How many, at most.
-        :return: At least one batch.
+        :param nb_samples: How many, at most, over all processes.
+        :param ranks: The processes that share them.
+        :return: This process's batches.
         """
 
 
@@ -39,26 +59,41 @@ class ArrayBatches(Batches):
     :param y: Labels, first dimension n.
     :param batch_size: Samples in a batch.
     :param drop_last: Leave out a smaller last batch.
+    :param device: Where the network runs. Data that fit are kept there.
     """
 
-    def __init__(self, x: torch.Tensor, y: torch.Tensor, *, batch_size: int, drop_last: bool) -> None:
+    def __init__(
+        self, x: torch.Tensor, y: torch.Tensor, *, batch_size: int, drop_last: bool, device: torch.device
+    ) -> None:
+        if device.type == "cuda" and x.nbytes < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
+            x, y = x.to(device), y.to(device)
         self.x, self.y = x, y
         self.batch_size = batch_size
         self.drop_last = drop_last
 
-    def __iter__(self) -> Iterator[Batch]:
-        for indices in torch.randperm(len(self.x)).split(self.batch_size):
-            if len(indices) == self.batch_size or not self.drop_last:
-                yield self.x[indices], self.y[indices]
+    @property
+    def nb_batches(self) -> int:
+        full, rest = divmod(len(self.x), self.batch_size)
+        return full + (rest > 0 and not self.drop_last)
 
-    def sample(self, nb_samples: int) -> list[Batch]:
-        indices = torch.randperm(len(self.x))[:nb_samples]
-        return [(self.x[part], self.y[part]) for part in indices.split(self.batch_size)]
+    def example(self) -> torch.Tensor:
+        return self.x[:1]
+
+    def epoch(self, first: int, ranks: Ranks) -> Iterator[tuple[torch.Tensor, torch.Tensor, Part]]:
+        order = torch.randperm(len(self.x)).to(self.x.device)
+        for indices in order.split(self.batch_size)[first : self.nb_batches]:
+            part = ranks.part(len(indices))
+            yield self.x[indices[part.mine]], self.y[indices[part.mine]], part
+
+    def sample(self, nb_samples: int, ranks: Ranks) -> list[Batch]:
+        indices = torch.randperm(len(self.x))[:nb_samples].to(self.x.device)
+        mine = indices[ranks.part(len(indices)).mine]
+        return [(self.x[some], self.y[some]) for some in mine.split(self.batch_size) if len(some)]
 
 
 class GeneratorBatches(Batches):
     """
-    Batches of an ART data generator, each checked as it comes.
+    Batches of an ART data generator, each checked as it comes; for one process.
 
     :param generator: The generator.
     :param classifier: The classifier they are for.
@@ -79,19 +114,56 @@ class GeneratorBatches(Batches):
         self.classifier = classifier
         self._ahead: list[Batch] = []
 
-    def __iter__(self) -> Iterator[Batch]:
-        for _ in range(-(-self.generator.size // self.generator.batch_size)):
-            yield self._ahead.pop(0) if self._ahead else self._next()
+    @property
+    def nb_batches(self) -> int:
+        return -(-int(self.generator.size) // int(self.generator.batch_size))
 
-    def sample(self, nb_samples: int) -> list[Batch]:
-        sampled: list[Batch] = []
-        while sum(len(x) for x, _ in sampled) < min(nb_samples, self.generator.size):
-            sampled.append(self._next())
-        self._ahead = list(sampled)  # trained on first, in the epoch they belong to
-        return sampled
+    def example(self) -> torch.Tensor:
+        if not self._ahead:
+            self._ahead.append(self._next())
+        return self._ahead[0][0]
+
+    def epoch(self, first: int, ranks: Ranks) -> Iterator[tuple[torch.Tensor, torch.Tensor, Part]]:
+        for _ in range(first, self.nb_batches):
+            x, y = self._ahead.pop(0) if self._ahead else self._next()
+            yield x, y, Part(len(x))
+
+    def sample(self, nb_samples: int, ranks: Ranks) -> list[Batch]:
+        while sum(len(x) for x, _ in self._ahead) < min(nb_samples, self.generator.size):
+            self._ahead.append(self._next())
+        return list(self._ahead)  # trained on first, in the epoch they belong to
 
     def _next(self) -> Batch:
         x, y = self.generator.get_batch()
         return check_data(
             self.classifier, x, y, argument="x of the generator's batch", label_argument="y of the generator's batch"
         )
+
+
+def augmented(augmentation: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, part: Part) -> torch.Tensor:
+    """
+    Augment the images of a batch, each by numbers of its own.
+
+    torchvision's transforms draw once for all images they are given together, so they are given one at a time. Every
+    image's numbers follow from its place in the whole batch.
+
+    :param augmentation: A transform of one image.
+    :param x: Images of this process, shape (batch, channels, height, width).
+    :param part: Which of the batch they are.
+    :return: The transformed images, same shape.
+    :raises ValueError: If they have another shape.
+    """
+    seeds = torch.randint(2**62, (part.total,))[part.mine].tolist()
+    state = torch.default_generator.get_state()
+    images = []
+    for image, seed in zip(x, seeds, strict=True):
+        torch.default_generator.manual_seed(seed)
+        images.append(augmentation(image))
+    torch.default_generator.set_state(state)
+    for image in images:
+        if image.shape != x.shape[1:] or image.dtype != x.dtype:
+            raise ValueError(
+                f"`augmentation` makes {image.dtype} images of shape {tuple(image.shape)}; {x.dtype} ones of shape "
+                f"{tuple(x.shape[1:])}, as they come, are needed."
+            )
+    return torch.stack(images)

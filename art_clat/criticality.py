@@ -13,7 +13,7 @@ import torch
 from art.attacks import EvasionAttack
 from art.estimators.classification import PyTorchClassifier
 
-from art_clat.attacks import OutputAttack
+from art_clat.attacks import OutputAttack, in_chunks
 from art_clat.features import Features
 from art_clat.guest import evaluation_mode, own_randomness
 from art_clat.layers import Layer
@@ -175,12 +175,25 @@ def measure(
     :param layers: Its layers in execution order.
     :param batches: Inputs, and labels or `None` for the network's own predictions.
     :param attack: The output attack that gives δ.
-    :return: One entry a layer.
+    :return: One entry a layer; on several processes the same in all, over the batches of all.
     :raises ValueError: If the attack moved no input.
     """
     features = Features(layers)
-    sums = torch.zeros(len(layers), dtype=torch.float64)
-    input_sum, nb_samples = 0.0, 0
+    # Of every layer, of the input, and the number of samples.
+    sums = torch.zeros(len(layers) + 2, dtype=torch.float64, device=network.device)
+
+    def distances(x: torch.Tensor, x_adv: torch.Tensor) -> torch.Tensor:
+        with features.compare_halves(stop=True):
+            network.logits(torch.cat([x, x_adv]))
+        return torch.stack(
+            [
+                *(features.distance(layer, len(x)) for layer in layers),
+                (x_adv - x).flatten(1).norm(dim=1),
+                torch.ones(len(x), device=x.device),
+            ],
+            dim=1,
+        )
+
     with evaluation_mode(network.classifier._model):
         for x, y in batches:
             x = x.to(network.device)
@@ -188,21 +201,15 @@ def measure(
                 y = network.logits(x).argmax(dim=1) if y is None else y.to(network.device)
             x_adv = attack(x, y)
             with torch.no_grad():
-                with features.keep(stop=True):
-                    network.logits(x)
-                with features.compare(stop=True):
-                    network.logits(x_adv)
-                distances = torch.stack([features.distance(layer, len(x)).double().sum() for layer in layers])
-            sums += distances.cpu()
-            input_sum += (x_adv - x).flatten(1).norm(dim=1).double().sum().item()
-            nb_samples += len(x)
+                sums += in_chunks(distances, x, x_adv).double().sum(dim=0)
+    *totals, input_sum, nb_samples = network.ranks.first(network.ranks.sum(sums)).tolist()
     if input_sum == 0:
         raise ValueError(
             "The attack moved no input, so that every weakness is zero: it failed on every sample, or its `eps` or "
             "`max_iter` is zero."
         )
-    input_weakness = input_sum / nb_samples / batches[0][0][0].numel()
-    weakness = [total / nb_samples / layer.size for total, layer in zip(sums.tolist(), layers, strict=True)]
+    input_weakness = input_sum / nb_samples / math.prod(network.classifier.input_shape)
+    weakness = [total / nb_samples / layer.size for total, layer in zip(totals, layers, strict=True)]
     return Criticality(
         layers=tuple(
             LayerCriticality(
@@ -216,5 +223,5 @@ def measure(
             for layer, this, before in zip(layers, weakness, [input_weakness, *weakness], strict=False)
         ),
         input_weakness=input_weakness,
-        nb_samples=nb_samples,
+        nb_samples=int(nb_samples),
     )

@@ -92,8 +92,23 @@ class Features:
 
         def compare(layer: Layer, feature: torch.Tensor) -> None:
             seen = self._distances[layer]
-            kept = self._kept[layer][len(seen)]
-            seen.append((feature - kept).float().flatten(1).norm(dim=1))
+            seen.append(_lengths(feature.float() - self._kept[layer][len(seen)].float()))
+
+        with tap(self.layers, compare, stop=stop):
+            yield
+
+    @contextmanager
+    def compare_halves(self, *, stop: bool = False) -> Iterator[None]:
+        """
+        Measure the second half of a batch against the first in one forward pass, with nothing kept.
+
+        :param stop: End the forward pass after the last layer.
+        """
+        self._distances = {layer: [] for layer in self.layers}
+
+        def compare(layer: Layer, feature: torch.Tensor) -> None:
+            one, other = feature.float().chunk(2)
+            self._distances[layer].append(_lengths(other - one))
 
         with tap(self.layers, compare, stop=stop):
             yield
@@ -117,3 +132,9 @@ class Features:
         :return: Shape (`batch_size`,), float32.
         """
         return torch.stack([self.distance(layer, batch_size) for layer in self.layers]).sum(dim=0)
+
+
+def _lengths(x: torch.Tensor) -> torch.Tensor:
+    """Give the Euclidean length of every sample, in whatever order its elements are stored."""
+    lengths: torch.Tensor = torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)))
+    return lengths

@@ -53,40 +53,76 @@ def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     try:
         with torch.random.fork_rng(devices):
-            random.seed(seed)
-            np.random.seed(seed)
-            torch.default_generator.manual_seed(seed)
-            if device.type == "cuda":
-                torch.cuda.manual_seed_all(seed)
+            reseed(device, seed)
             yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
 
 
+def reseed(device: torch.device, *counters: int) -> None:
+    """
+    Seed the global random generators with numbers that say where a run stands.
+
+    What is drawn at random in a batch then follows from the seed, the epoch and the batch alone: a run that is
+    continued draws what it would have drawn, and so does every process of several.
+
+    :param device: Where the network runs.
+    :param counters: Whole numbers of at least 0, such as seed, epoch and batch.
+    """
+    python, numpy, one, other = (
+        int(word) for word in np.random.SeedSequence([len(counters), *counters]).generate_state(4)
+    )
+    random.seed(python)
+    np.random.seed(numpy)
+    torch.default_generator.manual_seed(one << 32 | other)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(one << 32 | other)
+
+
 class FiniteGuard:
     """
-    Puts a network back as it was before a training step that made it, or its loss, not finite.
+    Puts a network back where it was last seen finite after a training step that made it, or its loss, not finite.
 
-    :param model: The network, before the forward pass, which already moves BatchNorm statistics.
+    :param model: The network.
+    :param every: Look after so many batches. A look makes the processor wait for the device.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        tensors = [*(p for p in model.parameters() if p.requires_grad), *model.buffers()]
-        self._before = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    def __init__(self, model: nn.Module, *, every: int) -> None:
+        self._every = every
+        self._batch = 0
+        self._tensors = [*(p for p in model.parameters() if p.requires_grad), *model.buffers()]
+        self._good = [tensor.detach().clone() for tensor in self._tensors]
 
-    def check(self, what: str, *values: torch.Tensor) -> None:
+    def before_step(self, loss: torch.Tensor) -> None:
         """
-        Check the network's weights and buffers, and some values.
+        Check the loss, and the BatchNorm statistics that its forward pass has moved.
 
-        :param what: What has just been done, for the message.
-        :param values: Further tensors to check.
-        :raises FloatingPointError: If one of them is not finite; weights and buffers are as before then.
+        :param loss: The loss.
+        :raises FloatingPointError: If they are not finite; weights and buffers are those last seen finite then.
         """
-        tensors = [*values, *(tensor for tensor, _ in self._before)]
+        self._batch += 1
+        if self._batch % self._every == 0:
+            self._check("loss, or a BatchNorm statistic,", loss)
+
+    def after_step(self, *, look: bool = False) -> None:
+        """
+        Check what the optimiser's step has made of the network, and remember it if it is finite.
+
+        :param look: Do so whichever batch it is.
+        :raises FloatingPointError: As :meth:`before_step`.
+        """
+        if look or self._batch % self._every == 0:
+            self._check("result of the optimiser's step")
+            for good, tensor in zip(self._good, self._tensors, strict=True):
+                good.copy_(tensor.detach())
+
+    def _check(self, what: str, *values: torch.Tensor) -> None:
+        tensors = [*values, *self._tensors]
         if torch.stack([torch.isfinite(tensor.detach()).all() for tensor in tensors]).all():
             return
         with torch.no_grad():
-            for tensor, before in self._before:
-                tensor.copy_(before)
+            for good, tensor in zip(self._good, self._tensors, strict=True):
+                tensor.copy_(good)
         raise FloatingPointError(f"The {what} is not finite")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from art.estimators.classification import PyTorchClassifier
 from torch import nn
 
+from art_clat.distributed import Ranks
 from art_clat.guest import evaluation_mode
 from art_clat.layers import Layer, find_layers
+from art_clat.norms import BatchNorms
 
 
 class Network:
@@ -23,6 +28,8 @@ class Network:
         self.model: nn.Module = classifier.model
         self.device = torch.device(classifier.device)
         self.nb_classes = int(classifier.nb_classes)
+        #: The processes that share a batch.
+        self.ranks = Ranks()
         #: Whether an input gradient flows through the preprocessing.
         self.is_differentiable = bool(classifier.all_framework_preprocessing)
         clip = classifier.clip_values
@@ -31,6 +38,12 @@ class Network:
             if clip is None
             else tuple(torch.as_tensor(np.asarray(c, np.float32), device=self.device) for c in clip)
         )
+        # ART's own wrapper of a plain network would keep every intermediate result of an `nn.Sequential`.
+        is_plain = type(classifier._model).__module__ == PyTorchClassifier.__module__
+        self._wrapped: nn.Module = classifier._model
+        self._run: Callable[[torch.Tensor], torch.Tensor] = self.model if is_plain else lambda x: self._wrapped(x)[-1]
+        self._compiled: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self._amp = False
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """
@@ -56,6 +69,23 @@ class Network:
         loss: torch.Tensor = self.classifier.loss(logits, self.classifier.reduce_labels(y))
         return loss, logits
 
+    def loss_on(self, y: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """
+        Give the classifier's own loss as a function of the inputs only, for an attack on the network's output.
+
+        :param y: Labels, as in :meth:`loss`.
+        :return: A function of inputs of shape (batch, *input_shape); it prepares the labels once, not at every call.
+        """
+        if self.classifier.preprocessing_operations:  # may change labels along with inputs
+            return lambda x: self.loss(x, y)[0]
+        labels = self.classifier.reduce_labels(self.one_hot(y))
+
+        def loss(x: torch.Tensor) -> torch.Tensor:
+            value: torch.Tensor = self.classifier.loss(self._forward(x, whole=True), labels)
+            return value
+
+        return loss
+
     def one_hot(self, y: torch.Tensor) -> torch.Tensor:
         """
         Give labels as ART's own methods expect them.
@@ -79,10 +109,46 @@ class Network:
                 self.model, lambda size: self.logits(one.expand(size, *one.shape[1:])), after_norm=after_norm
             )
 
-    def _forward(self, x: torch.Tensor) -> torch.Tensor:
-        # ART's wrapper returns a list whose last element is the logits, and holds the Hugging Face processor.
-        output: torch.Tensor = self.classifier._model(x)[-1]
-        return output
+    @contextmanager
+    def accelerated(self, *, amp: bool, compile: bool, channels_last: bool) -> Iterator[None]:
+        """
+        Run the network faster in this context, with other rounding.
+
+        :param amp: Compute what autocast lets compute in bfloat16 in it; logits come out in float32.
+        :param compile: Run the whole-network passes of attacks through ``torch.compile``.
+        :param channels_last: Store images and convolution weights with their channels last; on leaving they are stored
+               as before.
+        """
+        formats = [(p, p.stride()) for p in self.model.parameters() if p.ndim == 4] if channels_last else []
+        self._amp = amp
+        self._compiled = torch.compile(self._run, dynamic=False) if compile else None
+        try:
+            for parameter, _ in formats:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+            yield
+        finally:
+            self._amp, self._compiled = False, None
+            for parameter, stride in formats:
+                parameter.data = torch.empty_strided(
+                    parameter.shape, stride, dtype=parameter.dtype, device=parameter.device
+                ).copy_(parameter.data)
+
+    @contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """Switch mixed precision off in this context."""
+        amp, self._amp = self._amp, False
+        try:
+            yield
+        finally:
+            self._amp = amp
+
+    def _forward(self, x: torch.Tensor, *, whole: bool = False) -> torch.Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._amp):
+            if whole and self._compiled is not None:
+                return self._compiled(x).float()
+            with BatchNorms(self.ranks):
+                output = self._run(x)
+        return output.float() if self._amp else output
 
     def _preprocess(self, x: torch.Tensor, y: torch.Tensor | None, *, fit: bool) -> tuple[torch.Tensor, torch.Tensor]:
         if self.is_differentiable:

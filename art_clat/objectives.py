@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
-from art_clat.attacks import OutputAttack
+from art_clat.attacks import OutputAttack, in_chunks
+from art_clat.distributed import Part
 from art_clat.features import Features
 from art_clat.guest import evaluation_mode
-from art_clat.layers import Layer
+from art_clat.layers import Layer, only_trainable
 from art_clat.network import Network
 
 
@@ -38,16 +40,17 @@ class Objective(abc.ABC):
     #: Whether the logits of :meth:`loss` are those of the perturbed batch.
     logits_are_adversarial = True
 
-    def perturb(self, attack: OutputAttack, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def perturb(self, attack: OutputAttack, x: torch.Tensor, y: torch.Tensor, part: Part | None = None) -> torch.Tensor:
         """
         Solve the inner maximisation, with the network in evaluation mode; unless overridden, by the attack itself.
 
         :param attack: The ART attack whose ball and steps are used.
         :param x: Inputs, shape (batch, *input_shape).
         :param y: Index labels, shape (batch,), or class probabilities, shape (batch, nb_classes).
+        :param part: Which of the batch of all processes these are; `None` for all of it.
         :return: Perturbed inputs, same shape as `x`, detached.
         """
-        return attack(x, y)
+        return attack(x, y, part)
 
     @abc.abstractmethod
     def loss(self, x: torch.Tensor, x_adv: torch.Tensor, y: torch.Tensor) -> BatchLoss:
@@ -127,7 +130,7 @@ class CleanCLAT(Objective):
         self.weight = weight
         self.single_step = single_step
 
-    def perturb(self, attack: OutputAttack, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def perturb(self, attack: OutputAttack, x: torch.Tensor, y: torch.Tensor, part: Part | None = None) -> torch.Tensor:
         full = attack.ascent
         assert full is not None, "the trainer has checked this"
         ascent = full.single_step() if self.single_step else replace(full, random_start=True, decay=None)
@@ -137,10 +140,13 @@ class CleanCLAT(Objective):
                 self.network.logits(z)
             return self.features.total_distance(len(z))
 
-        with evaluation_mode(self.network.classifier._model):
+        def climb(x: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
             with torch.no_grad(), self.features.keep(stop=True):
                 self.network.logits(x)
-            return ascent(distance, x)
+            return ascent(distance, x, start)
+
+        with evaluation_mode(self.network.classifier._model), only_trainable(self.network.model, []):
+            return in_chunks(climb, x, ascent.start(x, part or Part(len(x))))
 
     def loss(self, x: torch.Tensor, x_adv: torch.Tensor, y: torch.Tensor) -> BatchLoss:
         with self.features.keep():
@@ -154,3 +160,29 @@ def _weighted(cross_entropy: torch.Tensor, distance: torch.Tensor, weight: float
     criticality_loss = distance.mean()
     loss = cross_entropy + weight * criticality_loss
     return BatchLoss(loss, cross_entropy.detach(), criticality_loss.detach(), logits.detach())
+
+
+class AsModule(nn.Module):
+    """
+    An objective's loss as a module, which is what ``DistributedDataParallel`` takes.
+
+    :param model: The network, whose parameters the module has.
+    :param objective: The objective.
+    """
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+
+    def forward(
+        self, x: torch.Tensor, x_adv: torch.Tensor, y: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Compute the loss.
+
+        :param x: As in :meth:`Objective.loss`, like the others.
+        :return: The fields of :class:`BatchLoss`.
+        """
+        loss = self.objective.loss(x, x_adv, y)
+        return loss.loss, loss.cross_entropy, loss.criticality_loss, loss.logits

@@ -22,7 +22,8 @@ from art.estimators.classification import PyTorchClassifier
 from torch import nn
 
 from art_clat._robustbench import autoattack, robustbench_utils
-from art_clat.attacks import Ascent, L1Ball, L2Ball, LinfBall
+from art_clat.attacks import Ascent, L1Ball, L2Ball, LinfBall, in_chunks
+from art_clat.distributed import Part
 from art_clat.guest import evaluation_mode, own_randomness
 from art_clat.layers import only_trainable
 from art_clat.network import Network
@@ -405,7 +406,10 @@ def _perturb(
     attack: Ascent, model: nn.Module, x: torch.Tensor, y: torch.Tensor, device: torch.device, batch_size: int
 ) -> torch.Tensor:
     def perturbed(batch: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return attack(lambda z: nn.functional.cross_entropy(model(z), target, reduction="sum"), batch)
+        def climb(x: torch.Tensor, y: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+            return attack(lambda z: nn.functional.cross_entropy(model(z), y, reduction="sum"), x, start)
+
+        return in_chunks(climb, batch, target, attack.start(batch, Part(len(batch))))
 
     pairs = zip(x.split(batch_size), y.split(batch_size), strict=True)
     return torch.cat([perturbed(batch.to(device), target.to(device)).cpu() for batch, target in pairs])

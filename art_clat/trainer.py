@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from itertools import cycle
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,23 +17,29 @@ from art.attacks import EvasionAttack
 from art.data_generators import DataGenerator
 from art.defences.trainer import AdversarialTrainer
 from art.estimators.classification import PyTorchClassifier
-from tqdm.auto import trange
+from torch import nn
+from tqdm.auto import tqdm
 
 from art_clat import validation as check
 from art_clat.attacks import OutputAttack
-from art_clat.batches import ArrayBatches, Batches, GeneratorBatches
+from art_clat.batches import ArrayBatches, Batches, GeneratorBatches, augmented
+from art_clat.checkpoint import Checkpoint, Keeper, Progress, describe, fingerprint, text_of
 from art_clat.criticality import measure
-from art_clat.guest import FiniteGuard, evaluation_mode, own_modes, own_randomness
+from art_clat.distributed import Part, Ranks
+from art_clat.guest import FiniteGuard, evaluation_mode, own_modes, own_randomness, reseed
 from art_clat.history import EpochRecord, History, SelectionRecord
 from art_clat.layers import Layer, only_trainable, train_only
 from art_clat.network import Network
-from art_clat.objectives import AdversarialCLAT, AdversarialTraining, BatchLoss, CleanCLAT, Objective
+from art_clat.objectives import AdversarialCLAT, AdversarialTraining, AsModule, BatchLoss, CleanCLAT, Objective
 from art_clat.selection import eligible_layers, most_critical
 
 logger = logging.getLogger(__name__)
 
 #: The readings of the CLAT objective, see :class:`AdversarialTrainerCLATPyTorch`.
 OBJECTIVES = ("adversarial", "clean")
+
+#: Batches between two looks, on a GPU, at whether everything is finite. A look makes the processor wait for it.
+LOOK_EVERY = 50
 
 
 class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
@@ -54,6 +61,10 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
     The first stage applies ART's preprocessing of training, the second that of prediction: an augmentation that differs
     between the clean and the perturbed pass would be measured as a feature distance.
 
+    Launched with ``torchrun``, or within a process group of torch's, the same script trains on several processors. Each
+    process takes its share of every batch, so `batch_size` is that of all together, and losses, BatchNorm statistics,
+    criticality and accuracies are those of the whole batch or data set.
+
     | Please keep in mind the limitations of defences. While adversarial training is widely regarded as a promising,
         principled approach to making classifiers more robust (see https://arxiv.org/abs/1802.00420), very careful
         evaluations are required to assess its effectiveness case by case (see https://arxiv.org/abs/1902.06705).
@@ -74,6 +85,10 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         head_eligible: bool = False,
         after_norm: bool = False,
         selection_samples: int = 1024,
+        augmentation: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        amp: bool = False,
+        compile: bool = False,
+        channels_last: bool = False,
         seed: int | None = None,
     ) -> None:
         """
@@ -101,9 +116,18 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
                `False` they are what the convolution itself returns, the literal reading; before a BatchNorm their
                distance can shrink by the weights' scale alone, which changes nothing in what the network computes.
         :param selection_samples: Number of training samples, at least 1, that criticality is measured on; drawn once.
+        :param augmentation: Transform of a training image of shape (channels, height, width), on the network's device,
+               such as one of torchvision's ``transforms.v2``; applied to every image of a batch by itself, before the
+               attack. It must keep within ``clip_values``. Criticality is measured on images as they are.
+        :param amp: Train in bfloat16 where autocast deems it safe. Selection and validation stay in float32.
+        :param compile: Run attacks on the whole network through ``torch.compile``. Passes that look at features or stop
+               early are not compiled, nor is the update of the weights.
+        :param channels_last: Store images and convolution weights with their channels last during ``fit``. Like the two
+               before it changes results by rounding, and pays or not depending on the machine.
         :param seed: Seed of the data order, the attacks and dropout, 0 … 2**32 − 1. `None` draws one from NumPy's
                global generator, so that ``np.random.seed`` makes a run repeatable, as with ART's trainers.
-        :raises TypeError: If `classifier` is not a ``PyTorchClassifier``, or `attacks` no evasion attack(s).
+        :raises TypeError: If `classifier` is not a ``PyTorchClassifier``, `attacks` no evasion attack(s), or
+                `augmentation` cannot be called.
         :raises ValueError: If an argument is out of its range, the classifier has no optimiser or no weighted layer,
                 or an attack is targeted, bound to another classifier, or not usable with ``objective="clean"``.
         """
@@ -123,6 +147,8 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         check.check_whole(selection_samples, 1, argument="selection_samples")
         if seed is not None:
             check.check_seed(seed)
+        if augmentation is not None and not callable(augmentation):
+            raise TypeError(f"`augmentation` must be a transform of an image, got {type(augmentation).__name__}.")
         if objective not in OBJECTIVES:
             raise ValueError(f"`objective` must be one of {', '.join(map(repr, OBJECTIVES))}, got {objective!r}.")
         if single_step and objective != "clean":
@@ -137,6 +163,10 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         self.head_eligible = head_eligible
         self.after_norm = after_norm
         self.selection_samples = selection_samples
+        self.augmentation = augmentation
+        self.amp = amp
+        self.compile = compile
+        self.channels_last = channels_last
         self.seed = seed
         #: The record of the latest ``fit``.
         self.history = History()
@@ -153,36 +183,91 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         batch_size: int = 128,
         nb_epochs: int = 20,
         scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+        *,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int = 200,
+        restore_best: bool = False,
         **kwargs: Any,
     ) -> None:
         """
         Train a model adversarially with CLAT. See class documentation for more information on the exact procedure.
 
-        Every call counts its epochs from 0, warm-up included, and begins a new :attr:`history`.
+        Every call counts its epochs from 0, warm-up included, and begins a new :attr:`history`, unless it continues a
+        run from its `checkpoint`.
 
         :param x: Training set, shape (n, *input_shape), floating point, within the classifier's ``clip_values``; it is
                not modified.
         :param y: Index labels, shape (n,), or one-hot labels, shape (n, nb_classes).
         :param validation_data: Tuple (x_val, y_val); clean accuracy and robust accuracy under the first attack are
                recorded after every epoch. They do not influence the training.
-        :param batch_size: Size of batches.
+        :param batch_size: Size of batches, over all processes.
         :param nb_epochs: Number of epochs, those of the warm-up included.
         :param scheduler: Learning rate scheduler of the classifier's optimiser, stepped at the end of every epoch.
+        :param checkpoint: Folder that the run saves itself in. If it holds a run of the same arguments, model and data,
+               that run is continued; on one processor it ends with the weights it would have had without the break.
+               Several processes must see the same folder.
+        :param checkpoint_every: Save after so many batches within an epoch, at least 1, besides after every epoch.
+        :param restore_best: End on the weights of the epoch with the highest robust accuracy on `validation_data`,
+               instead of the last. With `checkpoint` they are kept as ``best.safetensors`` in any case.
         :param kwargs: ``verbose``: show a progress bar (default `True`); ``drop_last``: leave out the last batch of an
                epoch if it is smaller than the others (default `False`).
-        :raises TypeError: If `kwargs` holds another option, or `scheduler` is no scheduler.
-        :raises ValueError: If the data are unusable, or the optimiser does not hold a layer that may be chosen.
-        :raises FloatingPointError: If the loss or its gradient is not finite; the last finite weights stay in place.
+        :raises TypeError: If `kwargs` holds another option, `scheduler` is no scheduler, or the state of scheduler or
+                optimiser cannot be saved without pickle.
+        :raises ValueError: If the data are unusable, the optimiser does not hold a layer that may be chosen, or
+                `checkpoint` holds another run or a damaged file.
+        :raises OSError: If `checkpoint` cannot be written to.
+        :raises FloatingPointError: If the loss or its gradient is not finite; the last weights seen finite stay in
+                place. They are looked at after every batch, on a GPU after every fiftieth.
+        :raises ConnectionError: If another process of several is lost.
         """
         options = _options(kwargs)
         check.check_whole(batch_size, 1, argument="batch_size")
+        check.check_whole(nb_epochs, 1, argument="nb_epochs")
+        check.check_whole(checkpoint_every, 1, argument="checkpoint_every")
+        self._check_scheduler(scheduler)
         inputs, labels = check.check_data(self._classifier, x, y, argument="x", label_argument="y")
         if options["drop_last"] and len(inputs) < batch_size:
             raise ValueError(
                 f"`drop_last` leaves no batch: `x` has {len(inputs)} inputs, `batch_size` is {batch_size}."
             )
-        batches = ArrayBatches(inputs, labels, batch_size=batch_size, drop_last=options["drop_last"])
-        self._train(batches, validation_data, nb_epochs, scheduler, verbose=options["verbose"])
+        if restore_best and validation_data is None:
+            raise ValueError("`restore_best` needs `validation_data` to tell which epoch is best.")
+        ranks = Ranks.join(self._network.device)
+        last = len(inputs) % batch_size if not options["drop_last"] else 0
+        if min(batch_size, len(inputs), last or batch_size) < ranks.size:
+            raise ValueError(
+                f"`batch_size` {batch_size} leaves a batch of {last or batch_size} of {len(inputs)} inputs, fewer than "
+                f"the {ranks.size} processes: choose another `batch_size`, or `drop_last=True`."
+            )
+        validation = self._check_validation(validation_data)
+        if checkpoint is None and ranks.size == 1:
+            described = {}
+        else:
+            described = {
+                **{name: text_of(getattr(self, name)) for name in _ARGUMENTS},
+                "batch_size": batch_size,
+                "nb_epochs": nb_epochs,
+                "drop_last": options["drop_last"],
+                "the inputs": fingerprint(inputs),
+                "the labels": fingerprint(labels),
+                "validation_data": None if validation is None else fingerprint(*validation),
+                **describe(self._classifier, scheduler, [attack.attack for attack in self._attacks]),
+            }
+            ranks.check_same(described, self._network.device)
+        model, optimizer = self._network.model, self._classifier.optimizer
+        keeper = Keeper(
+            model,
+            None if checkpoint is None else Checkpoint(checkpoint, model, optimizer, scheduler, described),
+            every=checkpoint_every,
+            keeps_best=restore_best or checkpoint is not None,
+            writes=ranks.rank == 0,
+        )
+        batches = ArrayBatches(
+            inputs, labels, batch_size=batch_size, drop_last=options["drop_last"], device=self._network.device
+        )
+        self._train(batches, validation, nb_epochs, scheduler, keeper, ranks, verbose=options["verbose"])
+        if restore_best:
+            keeper.restore_best()
 
     def fit_generator(
         self,
@@ -206,64 +291,94 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         :raises FloatingPointError: As in :meth:`fit`.
         """
         options = _options(kwargs, accepted=("verbose",))
+        check.check_whole(nb_epochs, 1, argument="nb_epochs")
+        self._check_scheduler(scheduler)
+        ranks = Ranks.join(self._network.device)
+        if ranks.size > 1:
+            raise ValueError(
+                f"`fit_generator` trains in one process, of which there are {ranks.size}: a generator has no share for "
+                "each. Use `fit`."
+            )
         batches = GeneratorBatches(generator, self._classifier)
-        self._train(batches, validation_data, nb_epochs, scheduler, verbose=options["verbose"])
+        validation = self._check_validation(validation_data)
+        keeper = Keeper(self._network.model)
+        self._train(batches, validation, nb_epochs, scheduler, keeper, ranks, verbose=options["verbose"])
 
     def _train(
         self,
         batches: Batches,
-        validation_data: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None,
+        validation: tuple[torch.Tensor, torch.Tensor] | None,
         nb_epochs: int,
         scheduler: torch.optim.lr_scheduler.LRScheduler | None,
+        keeper: Keeper,
+        ranks: Ranks,
         *,
         verbose: bool,
     ) -> None:
         """Run the procedure of the paper: adversarial training, then rounds of selection and fine-tuning."""
-        check.check_whole(nb_epochs, 1, argument="nb_epochs")
-        self._check_scheduler(scheduler)
-        validation = None if validation_data is None else self._check_validation(validation_data)
-        seed = int(np.random.randint(2**32, dtype=np.uint64)) if self.seed is None else self.seed
-        attacks = cycle(self._attacks)
-        with own_randomness(seed, self._network.device):
-            sample = batches.sample(self.selection_samples)
-            layers = self._network.find_layers(sample[0][0], after_norm=self.after_norm)
+        network = self._network
+        network.ranks = ranks
+        progress = keeper.resume() or Progress(seed=self._draw_seed())
+        ranks.check_same({"the checkpoint": (progress.epoch, progress.batch, progress.seed)}, network.device)
+        with own_randomness(progress.seed, network.device):
+            sample = batches.sample(self.selection_samples, ranks)
+            layers = network.find_layers(batches.example(), after_norm=self.after_norm)
         eligible = eligible_layers(layers, head_eligible=self.head_eligible)
         self._check_optimizer(None if self.warmup else eligible)
-        self.history = history = History()
-        with self._as_guest(seed) as freeze:
-            chosen: list[Layer] | None = None  # the whole network
-            objective: Objective = AdversarialTraining(self._network)
-            with trange(nb_epochs, desc="CLAT", unit="epoch", disable=not verbose) as progress:
-                for epoch in progress:
-                    if epoch >= self.warmup and (epoch - self.warmup) % self.reselect_every == 0:
-                        chosen = self._select(epoch, layers, eligible, sample, seed)
-                        freeze(chosen)
-                        objective = self._make_objective(chosen)
-                    progress.set_description("adversarial training" if chosen is None else "CLAT")
-                    self._train_epoch(epoch, batches, objective, chosen, attacks)
+        self.history = history = progress.history
+        with ranks.together(), self._as_guest(progress.seed) as freeze, self._accelerated():
+            ranks.share_model(network.model)
+            keeper.save(progress)  # before any work is done: what cannot be saved is refused here
+            stage = self._begin(None if progress.chosen is None else _named(layers, progress.chosen), freeze)
+            with tqdm(
+                initial=progress.epoch, total=nb_epochs, unit="epoch", disable=not verbose or ranks.rank > 0
+            ) as bar:
+                while progress.epoch < nb_epochs:
+                    rounds, rest = divmod(progress.epoch - self.warmup, self.reselect_every)
+                    if rounds >= 0 and rest == 0 and progress.batch == 0:
+                        chosen = self._select(progress, layers, eligible, sample)
+                        stage = self._begin(chosen, freeze)
+                    bar.set_description(stage.name)
+                    self._train_epoch(progress, batches, stage, keeper)
                     if scheduler is not None:
                         scheduler.step()
                     if validation is not None:
-                        history.add_validation(*self._validate(*validation, seed=seed))
-                    progress.set_postfix(_summary(history.epochs[-1]))
+                        history.add_validation(*self._validate(*validation, seed=progress.seed))
+                        keeper.consider(history.epochs[-1])
+                    progress.begin_epoch(progress.epoch + 1)
+                    keeper.save(progress)
+                    bar.update()
+                    bar.set_postfix(_summary(history.epochs[-1]))
                     logger.debug("%s", history.epochs[-1])
+
+    def _begin(self, chosen: list[Layer] | None, freeze: Callable[[list[Layer]], None]) -> _Stage:
+        """Begin to train the whole network, or the chosen layers alone."""
+        objective: Objective
+        if chosen is None:
+            objective = AdversarialTraining(self._network)
+        else:
+            freeze(chosen)
+            if self.objective == "clean":
+                objective = CleanCLAT(self._network, chosen, self.criticality_weight, single_step=self.single_step)
+            else:
+                objective = AdversarialCLAT(self._network, chosen, self.criticality_weight)
+        return _Stage(chosen, objective, self._network.ranks.wrap(AsModule(self._network.model, objective)))
 
     def _select(
         self,
-        epoch: int,
+        progress: Progress,
         layers: list[Layer],
         eligible: list[Layer],
         sample: list[tuple[torch.Tensor, torch.Tensor]],
-        seed: int,
     ) -> list[Layer]:
         """Measure every layer (eq. 2, 3) and choose the most critical ones."""
         start = time.perf_counter()
-        with own_randomness(seed, self._network.device):
+        with own_randomness(progress.seed, self._network.device), self._network.in_float32():
             measured = measure(self._network, layers, sample, self._attacks[0])
         chosen = most_critical(measured, layers, eligible, fraction=self.critical_fraction)
         parameters = {p for layer in chosen for p in layer.parameters() if p in self._trainable}
         record = SelectionRecord(
-            epoch=epoch,
+            epoch=progress.epoch,
             measured=measured,
             chosen=tuple(layer.name for layer in chosen),
             trainable_parameters=sum(p.numel() for p in parameters),
@@ -271,9 +386,11 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
             seconds=time.perf_counter() - start,
         )
         self.history.selections.append(record)
-        logger.info(
+        progress.chosen = list(record.chosen)
+        logger.log(
+            logging.INFO if self._network.ranks.rank == 0 else logging.DEBUG,
             "CLAT, epoch %d: training %d of %d layers (%s), %s of %s parameters (%.2f %%).",
-            epoch,
+            progress.epoch,
             len(chosen),
             len(layers),
             ", ".join(record.chosen),
@@ -283,62 +400,100 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         )
         return chosen
 
-    def _make_objective(self, chosen: list[Layer]) -> Objective:
-        if self.objective == "clean":
-            return CleanCLAT(self._network, chosen, self.criticality_weight, single_step=self.single_step)
-        return AdversarialCLAT(self._network, chosen, self.criticality_weight)
-
-    def _train_epoch(
-        self,
-        epoch: int,
-        batches: Batches,
-        objective: Objective,
-        chosen: list[Layer] | None,
-        attacks: Iterator[OutputAttack],
-    ) -> None:
-        """Train one epoch and record it."""
-        start = time.perf_counter()
+    def _train_epoch(self, progress: Progress, batches: Batches, stage: _Stage, keeper: Keeper) -> None:
+        """Train one epoch, or what is left of it, and record it."""
+        epoch, seed, device, ranks = progress.epoch, progress.seed, self._network.device, self._network.ranks
+        start = time.perf_counter() - progress.seconds
         learning_rate = float(self._classifier.optimizer.param_groups[0]["lr"])
-        sums = torch.zeros(4, dtype=torch.float64)
-        nb_samples = 0
-        for batch, (x, y) in enumerate(batches):
-            x, y = x.to(self._network.device), y.to(self._network.device)
-            x_adv = self._perturb(objective, next(attacks), x, y)
-            self._set_modes(chosen)
+        guard = FiniteGuard(self._network.model, every=LOOK_EVERY if device.type == "cuda" else 1)
+        sums = torch.zeros(5, dtype=torch.float64, device=device)
+
+        def catch_up(done: int) -> None:
+            guard.after_step(look=True)
+            progress.batch = done
+            progress.seconds = time.perf_counter() - start
+            progress.sums = [one + more for one, more in zip(progress.sums, ranks.sum(sums).tolist(), strict=True)]
+            sums.zero_()
+
+        reseed(device, seed, epoch)
+        for batch, (x, y, part) in enumerate(batches.epoch(progress.batch, ranks), start=progress.batch):
+            reseed(device, seed, epoch, batch)
+            x, y = self._prepare(x, part), y.to(device)
+            attack = self._attacks[(epoch * batches.nb_batches + batch) % len(self._attacks)]
+            x_adv = self._perturb(stage.objective, attack, x, y, part)
+            if ranks.size > 1:  # dropout must not leave out the same units everywhere
+                reseed(device, seed, epoch, batch, ranks.rank)
+            self._set_modes(stage.chosen)
             try:
-                loss = self._step(objective, x, x_adv, y)
+                loss = self._step(stage, guard, x, x_adv, y, part)
+                correct = (loss.logits.argmax(dim=1) == self._network.one_hot(y).argmax(dim=1)).float().mean()
+                means = [
+                    loss.loss.detach(),
+                    loss.cross_entropy,
+                    loss.criticality_loss,
+                    correct,
+                    torch.ones_like(correct),
+                ]
+                sums += len(x) * torch.stack(means)
+                if keeper.is_due(batch + 1) and batch + 1 < batches.nb_batches:
+                    catch_up(batch + 1)
+                    keeper.save(progress)
+                elif batch + 1 == batches.nb_batches:
+                    catch_up(batch + 1)
             except FloatingPointError as error:
                 raise FloatingPointError(
                     f"{error} in epoch {epoch}, batch {batch}. The likely cause is a learning rate (now "
                     f"{learning_rate:g}) or a `criticality_weight` ({self.criticality_weight:g}) that is too large. "
                     "The last finite weights are in place."
                 ) from None
-            correct = (loss.logits.argmax(dim=1) == self._network.one_hot(y).argmax(dim=1)).double().mean()
-            sums += len(x) * torch.stack([loss.loss.detach(), loss.cross_entropy, loss.criticality_loss, correct]).cpu()
-            nb_samples += len(x)
-        mean_loss, cross_entropy, criticality_loss, accuracy = (sums / nb_samples).tolist()
-        robust = objective.logits_are_adversarial
+        *totals, nb_samples = progress.sums
+        mean_loss, cross_entropy, criticality_loss, accuracy = (total / nb_samples for total in totals)
+        robust = stage.objective.logits_are_adversarial
         self.history.epochs.append(
             EpochRecord(
                 epoch=epoch,
-                stage="adversarial training" if chosen is None else "clat",
+                stage="adversarial training" if stage.chosen is None else "clat",
                 loss=mean_loss,
                 cross_entropy=cross_entropy,
                 criticality_loss=criticality_loss,
                 learning_rate=learning_rate,
-                seconds=time.perf_counter() - start,
+                seconds=progress.seconds,
                 train_clean_accuracy=None if robust else accuracy,
                 train_robust_accuracy=accuracy if robust else None,
             )
         )
 
-    def _step(self, objective: Objective, x: torch.Tensor, x_adv: torch.Tensor, y: torch.Tensor) -> BatchLoss:
+    def _prepare(self, x: torch.Tensor, part: Part) -> torch.Tensor:
+        """Bring a batch to the device, augmented and stored as it is going to be used."""
+        x = x.to(self._network.device)
+        if self.augmentation is not None:
+            x = augmented(self.augmentation, x, part)
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last and x.ndim == 4 else x
+
+    def _perturb(
+        self, objective: Objective, attack: OutputAttack, x: torch.Tensor, y: torch.Tensor, part: Part
+    ) -> torch.Tensor:
+        """Perturb the share `ratio` of a batch, drawn at random."""
+        if self.ratio == 1:
+            return objective.perturb(attack, x, y, part)
+        drawn = torch.randperm(part.total, device=x.device)[: int(np.ceil(self.ratio * part.total))]
+        place = torch.full((part.total,), -1, device=x.device)
+        place[drawn] = torch.arange(len(drawn), device=x.device)
+        here = place[part.mine]  # where each sample of this process is among those drawn
+        x_adv, perturbed = x.clone(), here >= 0
+        if perturbed.any():
+            among = Part(len(drawn), here[perturbed])
+            x_adv[perturbed] = objective.perturb(attack, x[perturbed], y[perturbed], among)
+        return x_adv
+
+    def _step(
+        self, stage: _Stage, guard: FiniteGuard, x: torch.Tensor, x_adv: torch.Tensor, y: torch.Tensor, part: Part
+    ) -> BatchLoss:
         """Make one optimiser step on the objective, which moves what is not frozen."""
         optimizer = self._classifier.optimizer
         optimizer.zero_grad()
-        guard = FiniteGuard(self._network.model)
         try:
-            loss = objective.loss(x, x_adv, y)
+            loss = BatchLoss(*stage.loss(x, x_adv, y))
         except ValueError as error:
             if len(x) == 1 and "more than 1 value per channel" in str(error):
                 raise ValueError(
@@ -346,20 +501,12 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
                     "`drop_last=True` in `fit`."
                 ) from error
             raise
-        guard.check("loss, or a BatchNorm statistic,", loss.loss)
-        loss.loss.backward()
+        guard.before_step(loss.loss)
+        # Gradients are averaged over processes, whose parts of a batch may differ by one sample.
+        (loss.loss * (self._network.ranks.size * len(x) / part.total)).backward()
         optimizer.step()
-        guard.check("result of the optimiser's step")
+        guard.after_step()
         return loss
-
-    def _perturb(self, objective: Objective, attack: OutputAttack, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Perturb the share `ratio` of a batch, drawn at random."""
-        if self.ratio == 1:
-            return objective.perturb(attack, x, y)
-        perturbed = torch.randperm(len(x), device=x.device)[: int(np.ceil(self.ratio * len(x)))]
-        x_adv = x.clone()
-        x_adv[perturbed] = objective.perturb(attack, x[perturbed], y[perturbed])
-        return x_adv
 
     def _set_modes(self, chosen: list[Layer] | None) -> None:
         if chosen is None:
@@ -369,17 +516,30 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
 
     def _validate(self, x: torch.Tensor, y: torch.Tensor, *, seed: int) -> tuple[float, float]:
         """Give clean accuracy and robust accuracy under the first attack."""
-        correct = torch.zeros(2, dtype=torch.int64)
-        with own_randomness(seed, self._network.device), evaluation_mode(self._classifier._model):
-            for start in range(0, len(x), 256):
-                batch = x[start : start + 256].to(self._network.device)
-                target = y[start : start + 256].to(self._network.device)
-                labels = self._network.one_hot(target).argmax(dim=1)
-                for row, inputs in enumerate((batch, self._attacks[0](batch, target))):
-                    with torch.no_grad():
-                        correct[row] += (self._network.logits(inputs).argmax(dim=1) == labels).sum().item()
-        clean, robust = (correct.double() / len(x)).tolist()
-        return clean, robust
+        network = self._network
+        correct = torch.zeros(2, dtype=torch.int64, device=network.device)
+        with own_randomness(seed, network.device), evaluation_mode(network.model), network.in_float32():
+            for inputs, target in zip(x.split(256), y.split(256), strict=True):
+                part = network.ranks.part(len(inputs))
+                if len(inputs[part.mine]) == 0:
+                    continue
+                clean, target = inputs[part.mine].to(network.device), target[part.mine].to(network.device)
+                labels = network.one_hot(target).argmax(dim=1)
+                robust = self._attacks[0](clean, target, part)
+                with torch.no_grad():
+                    for row, batch in enumerate((clean, robust)):
+                        correct[row] += (network.logits(batch).argmax(dim=1) == labels).sum()
+        clean_accuracy, robust_accuracy = (network.ranks.sum(correct).double() / len(x)).tolist()
+        return clean_accuracy, robust_accuracy
+
+    def _draw_seed(self) -> int:
+        if self.seed is not None:
+            return self.seed
+        drawn = torch.tensor(int(np.random.randint(2**32, dtype=np.uint64)), device=self._network.device)
+        return int(self._network.ranks.first(drawn))
+
+    def _accelerated(self) -> AbstractContextManager[None]:
+        return self._network.accelerated(amp=self.amp, compile=self.compile, channels_last=self.channels_last)
 
     @contextmanager
     def _as_guest(self, seed: int) -> Iterator[Callable[[list[Layer]], None]]:
@@ -430,8 +590,10 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
             raise ValueError("`scheduler` belongs to another optimizer than `classifier.optimizer`.")
 
     def _check_validation(
-        self, validation_data: tuple[npt.NDArray[Any], npt.NDArray[Any]]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, validation_data: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if validation_data is None:
+            return None
         if not isinstance(validation_data, (tuple, list)) or len(validation_data) != 2:
             raise ValueError(f"`validation_data` must be a tuple (x_val, y_val), got {type(validation_data).__name__}.")
         return check.check_data(
@@ -445,6 +607,43 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         else:
             named = [(layer.name, parameter) for layer in layers for parameter in layer.parameters()]
         check.check_optimizer_holds(self._classifier.optimizer, named)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What is trained, and on what: the whole network, or the layers chosen last."""
+
+    chosen: list[Layer] | None
+    objective: Objective
+    loss: nn.Module
+
+    @property
+    def name(self) -> str:
+        return "adversarial training" if self.chosen is None else "CLAT"
+
+
+#: What :class:`AdversarialTrainerCLATPyTorch` is made with, besides classifier and attacks.
+_ARGUMENTS = (
+    "ratio",
+    "warmup",
+    "criticality_weight",
+    "critical_fraction",
+    "reselect_every",
+    "objective",
+    "single_step",
+    "head_eligible",
+    "after_norm",
+    "selection_samples",
+    "augmentation",
+    "amp",
+    "compile",
+    "channels_last",
+    "seed",
+)
+
+
+def _named(layers: list[Layer], names: list[str]) -> list[Layer]:
+    return [layer for layer in layers if layer.name in names]
 
 
 def _options(kwargs: dict[str, Any], accepted: tuple[str, ...] = ("verbose", "drop_last")) -> dict[str, Any]:

@@ -151,12 +151,12 @@ def test_network_and_random_generators_come_back_as_they_were(normed, data, fail
     assert all(p.grad is None for p in normed.parameters())
 
 
-def test_costs_one_attack_and_two_forward_passes(chain, data):
+def test_costs_one_attack_and_one_forward_pass_of_both_batches_together(chain, data):
     classifier = make_classifier(chain)
     passes = []
     chain.first.register_forward_hook(lambda *_: passes.append(1))
     measure_criticality(classifier, *data, attack=make_attack(classifier, max_iter=4), batch_size=24)
-    assert len(passes) == 2 + 2 * (4 + 2)  # finding the layers, and two batches
+    assert len(passes) == 2 + 2 * (4 + 1)  # finding the layers, and two batches
 
 
 def test_attack_that_moves_nothing_is_refused(chain, data):

@@ -105,8 +105,8 @@ class TestHabitsOfART:
         shares = []
         perturb = trainer._perturb
 
-        def recording(objective, attack, x, y):
-            x_adv = perturb(objective, attack, x, y)
+        def recording(objective, attack, x, *args):
+            x_adv = perturb(objective, attack, x, *args)
             shares.append(int((x_adv != x).flatten(1).any(1).sum()))
             return x_adv
 
@@ -258,12 +258,12 @@ class TestTheMethod:
         trainer = make_trainer(classifier, reselect_every=1)
         select = trainer._select
 
-        def after_a_change(epoch, *args):
-            if epoch == 1:
+        def after_a_change(progress, *args):
+            if progress.epoch == 1:
                 with torch.no_grad():
                     weakest = min(trainer.history.selections[0].measured[:-1], key=lambda layer: layer.criticality)
                     getattr(model, weakest.name).weight.mul_(100)
-            return select(epoch, *args)
+            return select(progress, *args)
 
         trainer._select = after_a_change
         trainer.fit(*data, nb_epochs=2, **QUIET)
@@ -308,7 +308,7 @@ class TestArgumentsArrive:
         trainer = make_trainer(classifier, objective="clean", single_step=True, after_norm=True)
         seen = []
         step = trainer._step
-        trainer._step = lambda objective, *args: seen.append(objective) or step(objective, *args)
+        trainer._step = lambda stage, *args: seen.append(stage.objective) or step(stage, *args)
         trainer.fit(*data, batch_size=48, nb_epochs=1, **QUIET)
         (objective,) = seen
         assert objective.single_step
@@ -318,7 +318,7 @@ class TestArgumentsArrive:
         sizes = []
         trainer = make_trainer(make_classifier(chain))
         step = trainer._step
-        trainer._step = lambda objective, x, *args: sizes.append(len(x)) or step(objective, x, *args)
+        trainer._step = lambda stage, guard, x, *args: sizes.append(len(x)) or step(stage, guard, x, *args)
         trainer.fit(*data, batch_size=20, nb_epochs=1, **QUIET)
         trainer.fit(*data, batch_size=20, nb_epochs=1, drop_last=True, **QUIET)
         assert sizes == [20, 20, 8, 20, 20]
@@ -358,8 +358,8 @@ class TestArgumentsArrive:
         trainer = make_trainer(make_classifier(chain), selection_samples=12, reselect_every=1)
         samples = []
         select = trainer._select
-        trainer._select = lambda epoch, layers, eligible, sample, seed: (
-            samples.append(torch.cat([part for part, _ in sample])) or select(epoch, layers, eligible, sample, seed)
+        trainer._select = lambda progress, layers, eligible, sample: (
+            samples.append(torch.cat([part for part, _ in sample])) or select(progress, layers, eligible, sample)
         )
         trainer.fit(x, data[1], nb_epochs=2, batch_size=16, **QUIET)
         assert len(samples[0]) == 12 and torch.equal(*samples)
@@ -386,7 +386,7 @@ class TestArgumentsArrive:
         seen = []
         trainer = make_trainer(make_classifier(chain), selection_samples=40)
         step = trainer._step
-        trainer._step = lambda objective, x, *args: seen.append(x) or step(objective, x, *args)
+        trainer._step = lambda stage, guard, x, *args: seen.append(x) or step(stage, guard, x, *args)
         trainer.fit_generator(generator, nb_epochs=1, **QUIET)
         np.testing.assert_array_equal(torch.cat(seen).numpy(), data[0])
 
@@ -434,16 +434,16 @@ class TestFrozenMeansFrozen:
         trainer_select = trainer._select
         momentum = {}
 
-        def in_turn(epoch, layers, *args):
-            trainer_select(epoch, layers, *args)
+        def in_turn(progress, layers, *args):
+            trainer_select(progress, layers, *args)
             turn = next(turns)
             return [layer for layer in layers if layer.name == turn]
 
         train_epoch = trainer._train_epoch
 
-        def recording(epoch, *args):
-            momentum[epoch] = {n for n, p in model.named_parameters() if p in classifier.optimizer.state}
-            train_epoch(epoch, *args)
+        def recording(progress, *args):
+            momentum[progress.epoch] = {n for n, p in model.named_parameters() if p in classifier.optimizer.state}
+            train_epoch(progress, *args)
 
         trainer._select, trainer._train_epoch = in_turn, recording
         trainer.fit(*data, nb_epochs=3, **QUIET)
@@ -609,7 +609,7 @@ class TestNonFinite:
         attack = FastGradientMethod(classifier, eps=0.0)
         before = snapshot(chain)
         trainer = make_trainer(classifier, attack, warmup=1)
-        trainer._perturb = lambda objective, attack, x, y: x
+        trainer._perturb = lambda objective, attack, x, *args: x
         with pytest.raises(FloatingPointError, match="step is not finite"):
             trainer.fit(*data, nb_epochs=1, **QUIET)
         assert not moved(chain, before)

@@ -1,0 +1,457 @@
+"""Saving and resuming a run: one file that is whole at any instant, and that no code is read from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from art.attacks import EvasionAttack
+from art.estimators.classification import PyTorchClassifier
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from art_clat.history import EpochRecord, History
+
+#: Version of the files' format; a file of a larger one is refused.
+FORMAT = 1
+
+
+@dataclass
+class Progress:
+    """
+    Where a run stands, besides its weights.
+
+    :param seed: What everything drawn at random follows from, together with the epoch and the batch.
+    :param epoch: The epoch in progress, counted from 0.
+    :param batch: Its next batch.
+    :param sums: Over the samples of the epoch so far: loss, cross-entropy, criticality loss, correct predictions, one.
+    :param seconds: Of training in the epoch so far.
+    :param chosen: Names of the layers that are trained, or `None` for the whole network.
+    :param history: The record so far.
+    """
+
+    seed: int
+    epoch: int = 0
+    batch: int = 0
+    sums: list[float] = field(default_factory=lambda: [0.0] * 5)
+    seconds: float = 0.0
+    chosen: list[str] | None = None
+    history: History = field(default_factory=History)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """
+        Stand at the beginning of an epoch.
+
+        :param epoch: Which.
+        """
+        self.epoch, self.batch, self.sums, self.seconds = epoch, 0, [0.0] * 5, 0.0
+
+
+@dataclass(frozen=True)
+class Best:
+    """
+    The weights of the epoch with the highest robust accuracy on the validation data.
+
+    :param epoch: Which it is.
+    :param robust_accuracy: In [0, 1].
+    :param weights: As :func:`weights` gives them.
+    """
+
+    epoch: int
+    robust_accuracy: float
+    weights: dict[str, torch.Tensor]
+
+
+class Checkpoint:
+    """
+    The folder a run saves itself in: ``last.safetensors`` and, with validation data, ``best.safetensors``.
+
+    Both hold the network's parameters and buffers under their own names, so that
+    ``model.load_state_dict(safetensors.torch.load_file(path), strict=False)`` reads them; the last one also what a run
+    needs to go on. They are written under another name, flushed to the disk and renamed.
+
+    :param folder: Created if missing.
+    :param model: The network.
+    :param optimizer: Its optimiser.
+    :param scheduler: The scheduler, or `None`.
+    :param description: What must be the same for a run to be continued: names, and values that JSON can hold.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler | None,
+        description: Mapping[str, object],
+    ) -> None:
+        self.last, self.best = Path(folder) / "last.safetensors", Path(folder) / "best.safetensors"
+        self._model = model
+        self._optimizer = optimizer
+        self._scheduler = scheduler
+        self._description = json.loads(json.dumps(description))
+
+    def resume(self) -> Progress | None:
+        """
+        Put network, optimiser and scheduler where the checkpoint has them.
+
+        :return: Where the run stands; `None` where there is no checkpoint.
+        :raises ValueError: If the file is damaged, of a newer format, or of a run of another description; nothing is
+                changed then.
+        """
+        if not self.last.exists():
+            return None
+        tensors, content = read(self.last)
+        self._check_description(content["description"])
+        names = {name for name in tensors if not name.startswith("optimizer:")}
+        if names != set(weights(self._model)):  # the description's shapes are the same: something else wrote the file
+            raise ValueError(f"`checkpoint`: {self.last} does not hold the weights of `classifier.model`.")
+        load_weights(self._model, tensors)
+        self._optimizer.load_state_dict(cast(dict[str, Any], _unpacked(content["optimizer"], tensors)))
+        if self._scheduler is not None:
+            self._scheduler.load_state_dict(cast(dict[str, Any], _unpacked(content["scheduler"], tensors)))
+        progress = content["progress"]
+        return Progress(**{**progress, "history": History.from_json(json.dumps(progress["history"]))})
+
+    def save(self, progress: Progress) -> None:
+        """
+        Save the run as it stands.
+
+        :param progress: Where it stands.
+        :raises OSError: If the folder cannot be written to.
+        :raises TypeError: If the optimiser's or the scheduler's state holds what cannot be saved without pickle.
+        """
+        tensors = weights(self._model)
+        content = {
+            "description": self._description,
+            "optimizer": _packed(self._optimizer.state_dict(), tensors, "optimizer:optimizer"),
+            "scheduler": None
+            if self._scheduler is None
+            else _packed(self._scheduler.state_dict(), tensors, "optimizer:scheduler"),
+            "progress": {**asdict(progress), "history": json.loads(progress.history.to_json())},
+        }
+        write(self.last, tensors, content)
+
+    def save_best(self, best: Best) -> None:
+        """
+        Save the best weights.
+
+        :param best: The weights, and the epoch they are of.
+        :raises OSError: If the folder cannot be written to.
+        """
+        content = {"description": self._description, "epoch": best.epoch, "robust_accuracy": best.robust_accuracy}
+        write(self.best, best.weights, content)
+
+    def load_best(self) -> Best | None:
+        """
+        Read the best weights back.
+
+        :return: `None` where there are none.
+        :raises ValueError: As :meth:`resume`.
+        """
+        if not self.best.exists():
+            return None
+        tensors, content = read(self.best)
+        self._check_description(content["description"])
+        return Best(content["epoch"], content["robust_accuracy"], tensors)
+
+    def _check_description(self, there: Mapping[str, object]) -> None:
+        names = [*there, *(name for name in self._description if name not in there)]
+        different = [
+            f"{name} is {there.get(name)} there, {self._description.get(name)} here"
+            for name in names
+            if there.get(name) != self._description.get(name)
+        ]
+        if different:
+            more = f"; and {len(different) - 5} more" if len(different) > 5 else ""
+            raise ValueError(
+                f"`checkpoint`: {self.last.parent} holds another run: {'; '.join(different[:5])}{more}. Use another "
+                "folder, or the same arguments, model and data."
+            )
+
+
+class Keeper:
+    """
+    Saves a run as it goes on, and keeps the weights of its best epoch.
+
+    :param model: The network.
+    :param checkpoint: Where to save, or `None`.
+    :param every: Save after so many batches of an epoch.
+    :param keeps_best: Whether the best epoch's weights are wanted.
+    :param writes: Whether this process writes; of several the first one does.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        checkpoint: Checkpoint | None = None,
+        *,
+        every: int = 0,
+        keeps_best: bool = False,
+        writes: bool = True,
+    ) -> None:
+        self._model = model
+        self._checkpoint = checkpoint
+        self._every = every
+        self._keeps_best = keeps_best
+        self._writes = writes
+        self._best: Best | None = None
+
+    def resume(self) -> Progress | None:
+        """
+        Put everything where the checkpoint has it.
+
+        :return: Where the run stands; `None` for a run that begins.
+        :raises ValueError: As :meth:`Checkpoint.resume`.
+        """
+        if self._checkpoint is None:
+            return None
+        best = self._checkpoint.load_best()
+        progress = self._checkpoint.resume()
+        if progress is not None:
+            self._best = best
+        return progress
+
+    def is_due(self, batch: int) -> bool:
+        """
+        Tell whether to save within an epoch.
+
+        :param batch: Number of batches done.
+        :return: Whether to.
+        """
+        return self._checkpoint is not None and batch % self._every == 0
+
+    def save(self, progress: Progress) -> None:
+        """
+        Save the run.
+
+        :param progress: Where it stands.
+        """
+        if self._checkpoint is not None and self._writes:
+            self._checkpoint.save(progress)
+
+    def consider(self, record: EpochRecord) -> None:
+        """
+        Keep the weights as they are if the epoch is the best so far.
+
+        :param record: The epoch, validated.
+        """
+        robust = record.robust_accuracy
+        if not self._keeps_best or robust is None or (self._best is not None and robust <= self._best.robust_accuracy):
+            return
+        self._best = Best(record.epoch, robust, weights(self._model))
+        if self._checkpoint is not None and self._writes:
+            self._checkpoint.save_best(self._best)
+
+    def restore_best(self) -> None:
+        """Put the best epoch's weights into the network."""
+        if self._best is not None:
+            load_weights(self._model, self._best.weights)
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """
+    Copy a network's parameters and buffers, each once where it has several names.
+
+    :param model: The network.
+    :return: By name, on the CPU.
+    """
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for name, t in named}
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """
+    Put back what :func:`weights` copied.
+
+    :param model: The network.
+    :param tensors: The copies, and possibly more.
+    """
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            tensor.copy_(tensors[name])
+
+
+def fingerprint(*tensors: torch.Tensor) -> str:
+    """
+    Give a short text that is the same for the same data only.
+
+    :param tensors: The data, on the CPU.
+    :return: 16 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(np.ascontiguousarray(tensor.detach().numpy()).data)
+    return digest.hexdigest()[:16]
+
+
+def write(path: Path, tensors: Mapping[str, torch.Tensor], content: Mapping[str, object]) -> None:
+    """
+    Write tensors and JSON to a file that is either the old one or the new one, whole, whenever the process is killed.
+
+    :param path: The file; its folder is created.
+    :param tensors: By name, on the CPU.
+    :param content: What JSON can hold; NaN and infinity included.
+    :raises OSError: If that fails.
+    """
+    text = json.dumps(content)
+    beside = path.with_name(f"{path.name}.tmp")
+    metadata = {"format": str(FORMAT), "content": text, "sha256": _digest(tensors, text)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(dict(tensors), beside, metadata=metadata)
+        _flush(beside)
+        beside.replace(path)
+        _flush(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"`checkpoint`: cannot write to {path.parent}: {error}. A folder that can be written to, or that can be "
+            "created, is needed."
+        ) from error
+
+
+def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """
+    Read what :func:`write` wrote. Nothing in the file is ever executed.
+
+    :param path: The file.
+    :return: The tensors, on the CPU, and the JSON.
+    :raises ValueError: If the file is damaged, or of a newer format.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if not metadata.get("format", "").isdecimal():
+                raise ValueError("it is no checkpoint of this package")
+            if int(metadata["format"]) > FORMAT:
+                raise ValueError(
+                    f"its format is {metadata['format']}, newer than {FORMAT}, which this version of art_clat reads"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        if metadata.get("sha256") != _digest(tensors, metadata.get("content", "")):
+            raise ValueError("it is damaged: its content does not have the checksum it should have")
+        return tensors, json.loads(metadata["content"])
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
+        raise ValueError(
+            f"`checkpoint`: {path} cannot be read: {error}. It stays as it is; move it away to begin anew."
+        ) from error
+
+
+def _digest(tensors: Mapping[str, torch.Tensor], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Wait until the disk has a file, or a folder's list of files."""
+    if os.name == "nt" and path.is_dir():  # Windows has no such thing
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _packed(value: object, tensors: dict[str, torch.Tensor], name: str) -> object:
+    """Turn the state of an optimiser or a scheduler into JSON; its tensors are put aside under names."""
+    if isinstance(value, torch.Tensor):
+        tensors[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        return {"tensor": name}
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        items = [_packed(item, tensors, f"{name}.{index}") for index, item in enumerate(value)]
+        return items if isinstance(value, list) else {"tuple": items}
+    if isinstance(value, dict):  # keys may be numbers; MultiStepLR has a Counter
+        return {
+            "counter" if isinstance(value, Counter) else "items": [
+                [_packed(key, tensors, f"{name}.key"), _packed(item, tensors, f"{name}.{key}")]
+                for key, item in value.items()
+            ]
+        }
+    raise TypeError(
+        f"`checkpoint`: {name.removeprefix('optimizer:')} is a {type(value).__qualname__}, which cannot be saved "
+        "without pickle; numbers, texts, tensors, and lists and dictionaries of them can."
+    )
+
+
+def _unpacked(value: object, tensors: Mapping[str, torch.Tensor]) -> object:
+    if isinstance(value, list):
+        return [_unpacked(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    if "tuple" in value:
+        return tuple(_unpacked(item, tensors) for item in value["tuple"])
+    items = value["counter"] if "counter" in value else value["items"]
+    unpacked = {_unpacked(key, tensors): _unpacked(item, tensors) for key, item in items}
+    return Counter(unpacked) if "counter" in value else unpacked
+
+
+def describe(
+    classifier: PyTorchClassifier,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
+    attacks: Sequence[EvasionAttack],
+) -> dict[str, object]:
+    """
+    Describe what a run works with, so that a checkpoint of another one is told apart.
+
+    What changes in the course of a run is left out: weights, and what a scheduler sets.
+
+    :param classifier: The classifier.
+    :param scheduler: The scheduler, or `None`.
+    :param attacks: The attacks.
+    :return: Names, and values that JSON can hold.
+    """
+    tensors = [*classifier.model.named_parameters(), *classifier.model.named_buffers()]
+    facts: dict[str, object] = {name: f"{tensor.dtype}, {tuple(tensor.shape)}" for name, tensor in tensors}
+    facts["the frozen parameters"] = [n for n, p in classifier.model.named_parameters() if not p.requires_grad]
+    facts["the loss"] = text_of(classifier.loss)
+    facts["clip_values"] = text_of(classifier.clip_values)
+    facts["the preprocessing"] = [text_of(operation) for operation in classifier.preprocessing_operations]
+    for number, attack in enumerate(attacks, start=1):
+        ignored = ("verbose", "batch_size", "summary_writer", "tensor_board", "estimator")
+        settings = {key: text_of(getattr(attack, key)) for key in attack.attack_params if key not in ignored}
+        facts[f"attack {number}"] = {"class": type(attack).__name__, **settings}
+    facts["the scheduler"] = type(scheduler).__name__
+    optimizer: Any = classifier.optimizer
+    facts["the optimizer"] = type(optimizer).__name__
+    facts |= {f"optimizer.{key}": text_of(value) for key, value in optimizer.defaults.items() if key != "lr"}
+    for number, group in enumerate(optimizer.param_groups, start=1):
+        facts[f"optimizer group {number}"] = {
+            "parameters": len(group["params"]),
+            "lr": text_of(group.get("initial_lr", group["lr"])),
+            "weight_decay": text_of(group.get("weight_decay")),
+        }
+    return facts
+
+
+def text_of(value: object) -> str:
+    """
+    Write a setting so that it reads the same in another process.
+
+    :param value: The setting.
+    :return: Its ``repr`` without the addresses of objects.
+    """
+    if isinstance(value, np.ndarray) and value.ndim:
+        return f"array {fingerprint(torch.as_tensor(value))}"
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value.item() if isinstance(value, (np.generic, np.ndarray)) else value))
