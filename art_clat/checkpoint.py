@@ -112,16 +112,21 @@ class Checkpoint:
         if not self.last.exists():
             return None
         tensors, content = read(self.last)
-        self._check_description(content["description"])
-        names = {name for name in tensors if not name.startswith("optimizer:")}
-        if names != set(weights(self._model)):  # the description's shapes are the same: something else wrote the file
-            raise ValueError(f"`checkpoint`: {self.last} does not hold the weights of `classifier.model`.")
+        try:
+            self._check_description(content["description"])
+            optimizer, scheduler = (_unpacked(content[name], tensors) for name in ("optimizer", "scheduler"))
+            record = History.from_json(json.dumps(content["progress"]["history"]))
+            progress = Progress(**{**content["progress"], "history": record})
+            names = {name for name in tensors if not name.startswith("optimizer:")}
+            if names != set(weights(self._model)):
+                raise KeyError("weights")
+        except (KeyError, TypeError, AttributeError) as error:  # it has its checksum, but this package never wrote it
+            raise ValueError(f"`checkpoint`: {self.last} does not hold a run: {error!r}.") from error
         load_weights(self._model, tensors)
-        self._optimizer.load_state_dict(cast(dict[str, Any], _unpacked(content["optimizer"], tensors)))
+        self._optimizer.load_state_dict(cast(dict[str, Any], optimizer))
         if self._scheduler is not None:
-            self._scheduler.load_state_dict(cast(dict[str, Any], _unpacked(content["scheduler"], tensors)))
-        progress = content["progress"]
-        return Progress(**{**progress, "history": History.from_json(json.dumps(progress["history"]))})
+            self._scheduler.load_state_dict(cast(dict[str, Any], scheduler))
+        return progress
 
     def save(self, progress: Progress) -> None:
         """
@@ -307,7 +312,7 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor], content: Mapping[str,
     """
     text = json.dumps(content)
     beside = path.with_name(f"{path.name}.tmp")
-    metadata = {"format": str(FORMAT), "content": text, "sha256": _digest(tensors, text)}
+    metadata = {"format": str(FORMAT), "content": text, "sha256": _digest(tensors, text, FORMAT)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(dict(tensors), beside, metadata=metadata)
@@ -339,7 +344,7 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
                     f"its format is {metadata['format']}, newer than {FORMAT}, which this version of art_clat reads"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        if metadata.get("sha256") != _digest(tensors, metadata.get("content", "")):
+        if metadata.get("sha256") != _digest(tensors, metadata.get("content", ""), int(metadata["format"])):
             raise ValueError("it is damaged: its content does not have the checksum it should have")
         return tensors, json.loads(metadata["content"])
     except (SafetensorError, ValueError, OSError, RecursionError) as error:
@@ -348,8 +353,8 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         ) from error
 
 
-def _digest(tensors: Mapping[str, torch.Tensor], text: str) -> str:
-    digest = hashlib.sha256(text.encode())
+def _digest(tensors: Mapping[str, torch.Tensor], text: str, version: int) -> str:
+    digest = hashlib.sha256(f"{version}{text}".encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
@@ -430,7 +435,13 @@ def describe(
     facts["the preprocessing"] = [text_of(operation) for operation in classifier.preprocessing_operations]
     for number, attack in enumerate(attacks, start=1):
         ignored = ("verbose", "batch_size", "summary_writer", "tensor_board", "estimator")
-        settings = {key: text_of(getattr(attack, key)) for key in attack.attack_params if key not in ignored}
+        # ART keeps some settings of ProjectedGradientDescent in the attack it wraps only.
+        holders = [attack, getattr(attack, "_attack", attack)]
+        settings = {
+            key: text_of(next((getattr(holder, key) for holder in holders if hasattr(holder, key)), None))
+            for key in attack.attack_params
+            if key not in ignored
+        }
         facts[f"attack {number}"] = {"class": type(attack).__name__, **settings}
     facts["the scheduler"] = type(scheduler).__name__
     optimizer: Any = classifier.optimizer

@@ -94,6 +94,12 @@ class History:
         """
         self.epochs[-1] = replace(self.epochs[-1], clean_accuracy=clean_accuracy, robust_accuracy=robust_accuracy)
 
+    @property
+    def best_epoch(self) -> int | None:
+        """The first epoch with the highest robust accuracy on the validation data; `None` without them."""
+        validated = [record for record in self.epochs if record.robust_accuracy is not None]
+        return max(validated, key=lambda record: record.robust_accuracy or 0.0).epoch if validated else None
+
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """
         Write the record as JSON; a number that is not finite becomes ``null``.
