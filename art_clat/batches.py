@@ -15,7 +15,8 @@ from art_clat.validation import check_data
 #: The share of a GPU's free memory up to which the training set is kept there.
 DEVICE_SHARE = 0.3
 
-Batch = tuple[torch.Tensor, torch.Tensor]
+#: Inputs and labels of one process, and which of the batch of all processes they are.
+Batch = tuple[torch.Tensor, torch.Tensor, Part]
 
 
 class Batches(abc.ABC):
@@ -31,13 +32,13 @@ class Batches(abc.ABC):
         """Give at least one input."""
 
     @abc.abstractmethod
-    def epoch(self, first: int, ranks: Ranks) -> Iterator[tuple[torch.Tensor, torch.Tensor, Part]]:
+    def epoch(self, first: int, ranks: Ranks) -> Iterator[Batch]:
         """
         Give the batches of one epoch, in an order drawn from torch's generator when the iteration begins.
 
         :param first: The batch to begin with.
         :param ranks: The processes that share a batch.
-        :return: Inputs and labels of this process, and which of the batch they are.
+        :return: The batches.
         """
 
     @abc.abstractmethod
@@ -47,7 +48,7 @@ class Batches(abc.ABC):
 
         :param nb_samples: How many, at most, over all processes.
         :param ranks: The processes that share them.
-        :return: This process's batches.
+        :return: The batches; one that is smaller than the number of processes may be empty here.
         """
 
 
@@ -79,16 +80,17 @@ class ArrayBatches(Batches):
     def example(self) -> torch.Tensor:
         return self.x[:1]
 
-    def epoch(self, first: int, ranks: Ranks) -> Iterator[tuple[torch.Tensor, torch.Tensor, Part]]:
-        order = torch.randperm(len(self.x)).to(self.x.device)
-        for indices in order.split(self.batch_size)[first : self.nb_batches]:
-            part = ranks.part(len(indices))
-            yield self.x[indices[part.mine]], self.y[indices[part.mine]], part
+    def epoch(self, first: int, ranks: Ranks) -> Iterator[Batch]:
+        order = torch.randperm(len(self.x))
+        yield from self._batches(order[first * self.batch_size : self.nb_batches * self.batch_size], ranks)
 
     def sample(self, nb_samples: int, ranks: Ranks) -> list[Batch]:
-        indices = torch.randperm(len(self.x))[:nb_samples].to(self.x.device)
-        mine = indices[ranks.part(len(indices)).mine]
-        return [(self.x[some], self.y[some]) for some in mine.split(self.batch_size) if len(some)]
+        return list(self._batches(torch.randperm(len(self.x))[:nb_samples], ranks))
+
+    def _batches(self, order: torch.Tensor, ranks: Ranks) -> Iterator[Batch]:
+        for indices in order.to(self.x.device).split(self.batch_size):
+            part = ranks.part(len(indices))
+            yield self.x[indices[part.mine]], self.y[indices[part.mine]], part
 
 
 class GeneratorBatches(Batches):
@@ -123,21 +125,21 @@ class GeneratorBatches(Batches):
             self._ahead.append(self._next())
         return self._ahead[0][0]
 
-    def epoch(self, first: int, ranks: Ranks) -> Iterator[tuple[torch.Tensor, torch.Tensor, Part]]:
+    def epoch(self, first: int, ranks: Ranks) -> Iterator[Batch]:
         for _ in range(first, self.nb_batches):
-            x, y = self._ahead.pop(0) if self._ahead else self._next()
-            yield x, y, Part(len(x))
+            yield self._ahead.pop(0) if self._ahead else self._next()
 
     def sample(self, nb_samples: int, ranks: Ranks) -> list[Batch]:
-        while sum(len(x) for x, _ in self._ahead) < min(nb_samples, self.generator.size):
+        while sum(len(x) for x, _, _ in self._ahead) < min(nb_samples, self.generator.size):
             self._ahead.append(self._next())
         return list(self._ahead)  # trained on first, in the epoch they belong to
 
     def _next(self) -> Batch:
         x, y = self.generator.get_batch()
-        return check_data(
+        inputs, labels = check_data(
             self.classifier, x, y, argument="x of the generator's batch", label_argument="y of the generator's batch"
         )
+        return inputs, labels, Part(len(inputs))
 
 
 def augmented(augmentation: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, part: Part) -> torch.Tensor:

@@ -14,6 +14,7 @@ from art.attacks import EvasionAttack
 from art.estimators.classification import PyTorchClassifier
 
 from art_clat.attacks import OutputAttack, in_chunks
+from art_clat.distributed import Part
 from art_clat.features import Features
 from art_clat.guest import evaluation_mode, own_randomness
 from art_clat.layers import Layer
@@ -158,14 +159,14 @@ def measure_criticality(
     with own_randomness(seed, network.device), evaluation_mode(classifier._model):
         layers = network.find_layers(inputs, after_norm=after_norm)
         parts = labels.split(batch_size) if y is not None else [None] * -(-len(inputs) // batch_size)
-        batches = list(zip(inputs.split(batch_size), parts, strict=True))
+        batches = [(x, y, Part(len(x))) for x, y in zip(inputs.split(batch_size), parts, strict=True)]
         return measure(network, layers, batches, OutputAttack(attack, network))
 
 
 def measure(
     network: Network,
     layers: Sequence[Layer],
-    batches: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
+    batches: Sequence[tuple[torch.Tensor, torch.Tensor | None, Part]],
     attack: OutputAttack,
 ) -> Criticality:
     """
@@ -173,7 +174,7 @@ def measure(
 
     :param network: The network.
     :param layers: Its layers in execution order.
-    :param batches: Inputs, and labels or `None` for the network's own predictions.
+    :param batches: Inputs, labels or `None` for the network's own predictions, and which of a whole batch they are.
     :param attack: The output attack that gives δ.
     :return: One entry a layer; on several processes the same in all, over the batches of all.
     :raises ValueError: If the attack moved no input.
@@ -195,11 +196,13 @@ def measure(
         )
 
     with evaluation_mode(network.classifier._model):
-        for x, y in batches:
+        for x, y, part in batches:
+            if len(x) == 0:
+                continue
             x = x.to(network.device)
             with torch.no_grad():
                 y = network.logits(x).argmax(dim=1) if y is None else y.to(network.device)
-            x_adv = attack(x, y)
+            x_adv = attack(x, y, part)
             with torch.no_grad():
                 sums += in_chunks(distances, x, x_adv).double().sum(dim=0)
     *totals, input_sum, nb_samples = network.ranks.first(network.ranks.sum(sums)).tolist()

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from art_clat import validation as check
 from art_clat.attacks import OutputAttack
-from art_clat.batches import ArrayBatches, Batches, GeneratorBatches, augmented
+from art_clat.batches import ArrayBatches, Batch, Batches, GeneratorBatches, augmented
 from art_clat.checkpoint import Checkpoint, Keeper, Progress, describe, fingerprint, text_of
 from art_clat.criticality import measure
 from art_clat.distributed import Part, Ranks
@@ -239,6 +239,10 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
                 f"`batch_size` {batch_size} leaves a batch of {last or batch_size} of {len(inputs)} inputs, fewer than "
                 f"the {ranks.size} processes: choose another `batch_size`, or `drop_last=True`."
             )
+        if ranks.size > 1 and getattr(self._classifier.loss, "reduction", "mean") != "mean":
+            raise ValueError(
+                f"`classifier.loss` has the reduction {self._classifier.loss.reduction!r}; several processes need 'mean'."
+            )
         validation = self._check_validation(validation_data)
         if checkpoint is None and ranks.size == 1:
             described = {}
@@ -369,7 +373,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         progress: Progress,
         layers: list[Layer],
         eligible: list[Layer],
-        sample: list[tuple[torch.Tensor, torch.Tensor]],
+        sample: list[Batch],
     ) -> list[Layer]:
         """Measure every layer (eq. 2, 3) and choose the most critical ones."""
         start = time.perf_counter()

@@ -359,7 +359,7 @@ class TestArgumentsArrive:
         samples = []
         select = trainer._select
         trainer._select = lambda progress, layers, eligible, sample: (
-            samples.append(torch.cat([part for part, _ in sample])) or select(progress, layers, eligible, sample)
+            samples.append(torch.cat([x for x, *_ in sample])) or select(progress, layers, eligible, sample)
         )
         trainer.fit(x, data[1], nb_epochs=2, batch_size=16, **QUIET)
         assert len(samples[0]) == 12 and torch.equal(*samples)

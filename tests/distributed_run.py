@@ -1,0 +1,139 @@
+"""What the processes of test_distributed.py run; it writes what came out as JSON."""
+
+import datetime
+import json
+import os
+import sys
+
+import numpy as np
+import torch
+from art.data_generators import NumpyDataGenerator
+from conftest import INPUT_SHAPE, NB_CLASSES, Normed, make_attack, make_classifier
+from torch import nn
+from torchvision.transforms import v2
+
+from art_clat import AdversarialTrainerCLATPyTorch
+
+#: By name: what the trainer and what `fit` is given. 50 samples in batches of 16 leave a last batch of 2.
+CONFIGURATIONS = {
+    "adversarial": ({"objective": "adversarial"}, {}),
+    "clean, augmented": ({"objective": "clean", "augmentation": v2.RandomHorizontalFlip()}, {}),
+    "a share of odd batches, several layers": ({"ratio": 0.6, "critical_fraction": 0.5}, {"batch_size": 15}),
+    "two attacks, one through NumPy": ({"numpy": True}, {"drop_last": True}),
+}
+
+
+def make_data():
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, NB_CLASSES, 50)
+    x = rng.uniform(0, 0.5, (50, *INPUT_SHAPE)).astype(np.float32)
+    for image, label in zip(x, y, strict=True):
+        image[label % 2, 3 * (label // 2) : 3 * (label // 2) + 3] += 0.4
+    return x, y
+
+
+def make_trainer(*, numpy=False, dropout=0.0, **kwargs):
+    torch.manual_seed(int(os.environ.get("RANK", 0)))  # each process its own weights: the first one's count
+    model = Normed()
+    model.dropout.p = dropout
+    classifier = make_classifier(model)
+    attacks = [make_attack(classifier, num_random_init=1)]
+    if numpy:
+        attacks.append(make_attack(classifier, norm=3, eps=0.5, eps_step=0.2))
+    settings = {"warmup": 2, "reselect_every": 2, "criticality_weight": 0.1, "selection_samples": 33, "seed": 0}
+    return AdversarialTrainerCLATPyTorch(classifier, attacks, **{**settings, **kwargs})
+
+
+def fit(trainer, data=None, **kwargs):
+    settings = {"batch_size": 16, "nb_epochs": 5, "validation_data": make_data(), "verbose": False, **kwargs}
+    trainer.fit(*(data or make_data()), **settings)
+
+
+def outcome(trainer):
+    return {
+        "losses": [record.loss for record in trainer.history.epochs],
+        "accuracies": [[r.clean_accuracy, r.robust_accuracy] for r in trainer.history.epochs],
+        "chosen": [selection.chosen for selection in trainer.history.selections],
+        "weakness": [[entry.weakness for entry in s.measured] for s in trainer.history.selections],
+        "state": {name: value.tolist() for name, value in trainer.classifier.model.state_dict().items()},
+    }
+
+
+def compare():
+    """Run every configuration, or those that the environment names, and give the outcomes."""
+    results = {}
+    names = os.environ.get("CONFIGURATIONS", "").split(";")
+    for name, (arguments, fit_arguments) in CONFIGURATIONS.items():
+        if names != [""] and name not in names:
+            continue
+        trainer = make_trainer(**arguments)
+        fit(trainer, **fit_arguments)
+        results[name] = outcome(trainer)
+    return results
+
+
+def refuse():
+    """Try what several processes cannot do."""
+    rank = int(os.environ["RANK"])
+    x, y = make_data()
+    trainer = make_trainer()
+    messages = {}
+    for name, attempt in {
+        "batch smaller than ranks": lambda: fit(trainer, batch_size=1),
+        "last batch smaller than ranks": lambda: fit(trainer, batch_size=49),
+        "generator": lambda: trainer.fit_generator(NumpyDataGenerator(x, y, batch_size=16)),
+        "other data": lambda: fit(trainer, (x[: 50 - 2 * rank], y[: 50 - 2 * rank]), batch_size=10),
+        "other arguments": lambda: fit(make_trainer(criticality_weight=0.1 + rank)),
+        "summed loss": lambda: fit(make_trainer_with(nn.CrossEntropyLoss(reduction="sum"))),
+    }.items():
+        try:
+            attempt()
+            messages[name] = None
+        except ValueError as error:
+            messages[name] = str(error)
+    return messages
+
+
+def make_trainer_with(loss):
+    trainer = make_trainer()
+    trainer.classifier._loss = loss
+    return trainer
+
+
+def hooks_left():
+    trainer = make_trainer(dropout=0.3)
+    before = {name: p.requires_grad for name, p in trainer.classifier.model.named_parameters()}
+    fit(trainer)
+    modules = trainer.classifier.model.modules()
+    return {
+        "hooks": sum(len(m._forward_hooks) + len(m._backward_hooks) + len(m._forward_pre_hooks) for m in modules),
+        "flags": before == {name: p.requires_grad for name, p in trainer.classifier.model.named_parameters()},
+        "state": outcome(trainer)["state"],
+    }
+
+
+def main():
+    task, output = sys.argv[1:3]
+    torch.set_num_threads(1)
+    rank = int(os.environ.get("RANK", 0))
+    if task == "die":  # outside of torchrun, which would end the others
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+        trainer = make_trainer()
+        step, steps = trainer._step, []
+
+        def dying(*args):
+            steps.append(1)
+            if len(steps) == 11 and rank == 1:
+                os._exit(9)
+            return step(*args)
+
+        trainer._step = dying
+        fit(trainer, checkpoint=output, checkpoint_every=1)
+        return
+    result = {"compare": compare, "refuse": refuse, "hooks": hooks_left}[task]()
+    with open(f"{output}-{rank}.json", "w") as file:
+        json.dump(result, file)
+
+
+if __name__ == "__main__":
+    main()
