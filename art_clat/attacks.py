@@ -246,17 +246,18 @@ class OutputAttack:
         return torch.as_tensor(np.asarray(arrays, np.float32), device=x.device)
 
 
-def in_chunks(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+def in_chunks(function: Callable[..., torch.Tensor], *tensors: torch.Tensor, size: int = CHUNK) -> torch.Tensor:
     """
     Apply a function that treats samples one by one, on a CPU to as many at once as its caches hold.
 
     :param function: Takes the tensors, or the same chunk of each, and gives a tensor with as many rows.
     :param tensors: First dimensions equal.
+    :param size: How many at once on a CPU.
     :return: What the function gives for all.
     """
-    if tensors[0].device.type != "cpu" or len(tensors[0]) <= CHUNK:
+    if tensors[0].device.type != "cpu" or len(tensors[0]) <= size:
         return function(*tensors)
-    return torch.cat([function(*chunk) for chunk in zip(*(t.split(CHUNK) for t in tensors), strict=True)])
+    return torch.cat([function(*chunk) for chunk in zip(*(t.split(size) for t in tensors), strict=True)])
 
 
 def _ascent(attack: EvasionAttack, network: Network) -> Ascent | None:

@@ -113,6 +113,10 @@ class Features:
         with tap(self.layers, compare, stop=stop):
             yield
 
+    def release(self) -> None:
+        """Forget the kept features, whose memory the backward pass can use."""
+        self._kept = {}
+
     def distance(self, layer: Layer, batch_size: int) -> torch.Tensor:
         """
         Give ``‖F_i(x+δ) − F_i(x)‖_2`` of every sample.

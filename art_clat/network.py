@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from art.estimators.classification import PyTorchClassifier
+from art.preprocessing.standardisation_mean_std.pytorch import StandardisationMeanStdPyTorch
 from torch import nn
 
 from art_clat.distributed import Ranks
@@ -76,11 +77,12 @@ class Network:
         :param y: Labels, as in :meth:`loss`.
         :return: A function of inputs of shape (batch, *input_shape); it prepares the labels once, not at every call.
         """
-        if self.classifier.preprocessing_operations:  # may change labels along with inputs
-            return lambda x: self.loss(x, y)[0]
+        if not all(isinstance(operation, StandardisationMeanStdPyTorch) for operation in self._preprocessing()):
+            return lambda x: self.loss(x, y)[0]  # it may change labels along with inputs
         labels = self.classifier.reduce_labels(self.one_hot(y))
 
         def loss(x: torch.Tensor) -> torch.Tensor:
+            x, _ = self._preprocess(x, None, fit=False)
             value: torch.Tensor = self.classifier.loss(self._forward(x, whole=True), labels)
             return value
 
@@ -150,7 +152,21 @@ class Network:
                 output = self._run(x)
         return output.float() if self._amp else output
 
+    def _preprocessing(self) -> list[object]:
+        """Give ART's preprocessing without the standardisation by 0 and 1 that it has where nobody asked for one."""
+        return [
+            operation
+            for operation in self.classifier.preprocessing_operations
+            if not (
+                isinstance(operation, StandardisationMeanStdPyTorch)
+                and np.all(operation.mean == 0)
+                and np.all(operation.std == 1)
+            )
+        ]
+
     def _preprocess(self, x: torch.Tensor, y: torch.Tensor | None, *, fit: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self._preprocessing():
+            return x.clone(), y  # type: ignore[return-value]  # a network may begin with an in-place operation
         if self.is_differentiable:
             return self.classifier._apply_preprocessing(x, y, fit=fit, no_grad=False)  # type: ignore[no-any-return]
         y_array = None if y is None else y.cpu().numpy()

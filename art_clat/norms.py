@@ -18,8 +18,8 @@ class BatchNorms(TorchFunctionMode):
 
     A BatchNorm on its stored statistics, with frozen parameters, scales each channel by a constant. torch's backward
     pass reads the input again and sums over the batch for gradients that nobody asked for; here it is the one
-    multiplication that is needed, and gives the same bits. On several processes a BatchNorm in training takes its
-    statistics over the whole batch, as one process would.
+    multiplication that is needed, and on a CPU gives the same bits. On several processes a BatchNorm in training takes
+    its statistics over the whole batch, as one process would.
 
     :param ranks: The processes that share a batch.
     """
@@ -96,13 +96,18 @@ class _FrozenBatchNorm(torch.autograd.Function):
         bias: torch.Tensor | None,
         eps: float,
     ) -> torch.Tensor:
-        scale = 1 / torch.sqrt(running_var + eps)
-        ctx.scale = _channels(scale if weight is None else scale * weight, x.ndim)
+        # In double precision, and one factor after the other: as torch does on a CPU.
+        scale = (1 / torch.sqrt(running_var.double() + eps)).to(running_var.dtype)
+        ctx.factors = [_channels(factor, x.ndim) for factor in (scale, weight) if factor is not None]
         return functional.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return gradient * ctx.scale.to(gradient.dtype), None, None, None, None, None
+        first, *others = (factor.to(gradient.dtype) for factor in ctx.factors)
+        scaled = gradient * first
+        for factor in others:
+            scaled *= factor
+        return scaled, None, None, None, None, None
 
 
 def _channels(values: torch.Tensor, ndim: int) -> torch.Tensor:

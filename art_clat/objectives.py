@@ -104,6 +104,7 @@ class AdversarialCLAT(Objective):
             self.network.logits(x)
         with self.features.compare():
             cross_entropy, logits = self.network.loss(x_adv, y)
+        self.features.release()
         return _weighted(cross_entropy, self.features.total_distance(len(x)), self.weight, logits)
 
 
@@ -153,6 +154,7 @@ class CleanCLAT(Objective):
             cross_entropy, logits = self.network.loss(x, y)
         with self.features.compare(stop=True):
             self.network.logits(x_adv)
+        self.features.release()
         return _weighted(cross_entropy, self.features.total_distance(len(x)), self.weight, logits)
 
 

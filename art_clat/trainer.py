@@ -239,9 +239,10 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
                 f"`batch_size` {batch_size} leaves a batch of {last or batch_size} of {len(inputs)} inputs, fewer than "
                 f"the {ranks.size} processes: choose another `batch_size`, or `drop_last=True`."
             )
-        if ranks.size > 1 and getattr(self._classifier.loss, "reduction", "mean") != "mean":
+        reduction = getattr(self._classifier.loss, "reduction", "mean")
+        if ranks.size > 1 and reduction != "mean":
             raise ValueError(
-                f"`classifier.loss` has the reduction {self._classifier.loss.reduction!r}; several processes need 'mean'."
+                f"`classifier.loss` has the reduction {reduction!r}; on several processes it must be 'mean'."
             )
         validation = self._check_validation(validation_data)
         if checkpoint is None and ranks.size == 1:

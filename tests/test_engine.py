@@ -1,0 +1,405 @@
+"""What the engine saves, and that it saves it without changing results."""
+
+import copy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from art.attacks.evasion import ProjectedGradientDescent
+from art.estimators.classification import PyTorchClassifier
+from conftest import INPUT_SHAPE, Chain, Normed, make_attack, make_classifier
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import v2
+
+from art_clat import AdversarialTrainerCLATPyTorch, create_backbone
+from art_clat.attacks import CHUNK, Ascent, LinfBall, OutputAttack, in_chunks
+from art_clat.batches import ArrayBatches, augmented
+from art_clat.distributed import Part, Ranks
+from art_clat.guest import FiniteGuard, reseed
+from art_clat.network import Network
+from art_clat.objectives import AdversarialCLAT, CleanCLAT
+
+ROOT = Path(__file__).parents[1]
+QUIET = {"verbose": False}
+
+
+def make_trainer(classifier, **kwargs):
+    return AdversarialTrainerCLATPyTorch(classifier, make_attack(classifier), **{"seed": 0, **kwargs})
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    """A real network, some steps trained, so that no statistic or weight is what it was initialised with."""
+    torch.manual_seed(0)
+    model = create_backbone("resnet10t", num_classes=10, input_size=(3, 32, 32), channels=(8, 16, 32, 64), stem_width=8)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    classifier = PyTorchClassifier(
+        model, nn.CrossEntropyLoss(), (3, 32, 32), 10, optimizer=optimizer, clip_values=(0.0, 1.0), device_type="cpu"
+    )
+    rng = np.random.default_rng(0)
+    x, y = rng.random((80, 3, 32, 32), dtype=np.float32), rng.integers(0, 10, 80)
+    classifier.fit(x, y, nb_epochs=3, batch_size=16)
+    return classifier, x, y
+
+
+class TestSameResults:
+    def test_adversarial_examples_of_a_real_network_are_arts_to_the_bit(self, resnet):
+        classifier, x, y = resnet
+        attack = ProjectedGradientDescent(
+            classifier, eps=8 / 255, eps_step=2 / 255, max_iter=10, num_random_init=0, batch_size=CHUNK, verbose=False
+        )
+        ours = OutputAttack(attack, Network(classifier))(torch.tensor(x), torch.tensor(y)).numpy()
+        np.testing.assert_array_equal(ours, attack.generate(x, y))
+
+    @pytest.mark.parametrize("which", range(0, 12, 3))
+    def test_early_stop_gives_the_features_and_gradients_of_the_full_pass_bit_for_bit(self, resnet, which):
+        classifier, x, _ = resnet
+        network = Network(classifier)
+        classifier.model.eval()
+        layers = network.find_layers(torch.tensor(x))
+        objective = CleanCLAT(network, [layers[which]], 0.1)
+        clean, z = torch.tensor(x[:32]), torch.rand(32, 3, 32, 32)
+        results = []
+        for stop in (True, False):
+            inputs = z.clone().requires_grad_()
+            with objective.features.keep(stop=stop):
+                network.logits(clean)
+            kept = objective.features._kept[layers[which]][0].detach()
+            with objective.features.compare(stop=stop):
+                network.logits(inputs)
+            distance = objective.features.total_distance(32)
+            results.append((kept, distance.detach(), *torch.autograd.grad(distance.sum(), inputs)))
+        assert all(map(torch.equal, *results))
+
+    def test_chunks_change_nothing(self, chain, data):
+        """Not with a random start either, nor when restarts are kept sample by sample."""
+        classifier = make_classifier(chain)
+        attack = make_attack(classifier, num_random_init=3, eps=0.3)
+        ours = OutputAttack(attack, Network(classifier))
+        x, y = (torch.tensor(a).repeat(2, *[1] * (a.ndim - 1)) for a in data)  # three chunks of 96
+        results = []
+        for size in (CHUNK, 1000):
+            torch.manual_seed(5)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(in_chunks, "__kwdefaults__", {"size": size})
+                results.append(ours(x, y))
+        torch.testing.assert_close(*results, atol=1e-6, rtol=0)
+
+    def test_a_part_starts_where_it_would_in_the_whole_batch(self):
+        ascent = Ascent(ball=LinfBall(0.1, None), step=0.1, nb_steps=1, random_start=True)
+        x = torch.rand(10, *INPUT_SHAPE)
+        starts = []
+        for parts in ([slice(None)], [slice(0, 4), slice(4, 10)], [torch.tensor([2, 5])]):
+            for part in parts:
+                torch.manual_seed(3)
+                starts.append(ascent.start(x[part], Part(10, part)))
+        assert torch.equal(torch.cat(starts[1:3]), starts[0]) and torch.equal(starts[3], starts[0][[2, 5]])
+
+
+class TestWhatIsSaved:
+    @pytest.mark.parametrize("stage", ["adversarial training", "adversarial", "clean"])
+    def test_no_weight_gradient_in_an_attack(self, normed, data, stage):
+        """A backward pass of the attack costs the FLOPs of its forward pass, not twice as much."""
+        classifier = make_classifier(normed)
+        network = Network(classifier)
+        x, y = map(torch.tensor, data)
+        normed.eval()
+        with FlopCounterMode(display=False) as forward, torch.no_grad():
+            normed(x)
+        with FlopCounterMode(display=False) as counter:
+            if stage == "adversarial training":
+                OutputAttack(make_attack(classifier, max_iter=4), network)(x, y)
+                passes = 4 * 2
+            else:
+                cls = AdversarialCLAT if stage == "adversarial" else CleanCLAT
+                layers = network.find_layers(x)
+                with FlopCounterMode(display=False) as probes:
+                    network.find_layers(x)
+                counter.flop_counts["Global"].clear()
+                cls(network, [layers[-1]], 0.1).perturb(
+                    OutputAttack(make_attack(classifier, max_iter=4), network), x, y
+                )
+                passes = 4 * 2 + (stage == "clean")
+                assert probes.get_total_flops() > 0
+        assert counter.get_total_flops() == passes * forward.get_total_flops()
+
+    def test_the_inner_attack_ends_at_the_deepest_chosen_layer(self, chain, data):
+        classifier = make_classifier(chain)
+        network = Network(classifier)
+        x, y = map(torch.tensor, data)
+        layers = network.find_layers(x)
+        ran = []
+        handles = [m.register_forward_hook(lambda *_, n=n: ran.append(n)) for n, m in chain.named_children()]
+        CleanCLAT(network, layers[:2], 0.1).perturb(OutputAttack(make_attack(classifier), network), x, y)
+        for handle in handles:
+            handle.remove()
+        assert set(ran) == {"first", "second"}
+        assert ran.count("second") == 2 * (1 + 4)  # two chunks; clean features once, then four steps
+
+    @pytest.mark.parametrize("objective", ["adversarial", "clean"])
+    def test_no_graph_below_the_shallowest_chosen_layer(self, chain, data, objective):
+        classifier = make_classifier(chain)
+        network = Network(classifier)
+        x, y = map(torch.tensor, data)
+        layers = network.find_layers(x)
+        for parameter in chain.parameters():
+            parameter.requires_grad_(False)
+        chain.hidden.requires_grad_(True)
+        seen = {}
+        for name, module in chain.named_children():
+            module.register_forward_hook(
+                lambda m, a, out, name=name: seen.setdefault(name, []).append(out.requires_grad)
+            )
+        cls = AdversarialCLAT if objective == "adversarial" else CleanCLAT
+        cls(network, [layers[2]], 0.1).loss(x, x + 0.01, y).loss.backward()
+        assert seen["first"] == seen["second"] == [False, False]
+        assert seen["hidden"] == [True, True] and seen["head"] == [True]
+
+    def test_kept_features_are_forgotten_before_the_backward_pass(self, chain, data):
+        network = Network(make_classifier(chain))
+        x, y = map(torch.tensor, data)
+        for cls in (AdversarialCLAT, CleanCLAT):
+            objective = cls(network, network.find_layers(x)[:1], 0.1)
+            objective.loss(x, x + 0.01, y)
+            assert not objective.features._kept
+
+    def test_labels_are_prepared_once_an_attack(self, chain, data):
+        classifier = make_classifier(chain)
+        calls, reduce_labels = [], classifier.reduce_labels
+        classifier.reduce_labels = lambda y: calls.append(1) or reduce_labels(y)
+        x, y = map(torch.tensor, data)
+        OutputAttack(make_attack(classifier, max_iter=7), Network(classifier))(x[:CHUNK], y[:CHUNK])
+        assert len(calls) == 1
+
+
+class TestAugmentation:
+    def test_is_different_for_every_image_and_every_epoch(self, chain, data):
+        seen = []
+
+        class Recording(v2.RandomHorizontalFlip):
+            def __call__(self, image):
+                out = super().__call__(image)
+                seen.append(not torch.equal(out, image))
+                assert image.shape == INPUT_SHAPE
+                return out
+
+        make_trainer(make_classifier(chain), augmentation=Recording()).fit(*data, batch_size=16, nb_epochs=2, **QUIET)
+        assert len(seen) == 96 and 10 < sum(seen[:48]) < 38 and seen[:48] != seen[48:]
+        assert 0 < sum(seen[:16]) < 16
+
+    def test_reaches_the_attack_and_the_update_but_not_the_measurement(self, chain, data):
+        trainer = make_trainer(make_classifier(chain), augmentation=lambda image: torch.full_like(image, 0.25))
+        seen, measured = [], []
+        perturb, select = trainer._perturb, trainer._select
+        trainer._perturb = lambda objective, attack, x, *args: seen.append(x) or perturb(objective, attack, x, *args)
+        trainer._select = lambda progress, layers, eligible, sample: (
+            measured.extend(x for x, *_ in sample) or select(progress, layers, eligible, sample)
+        )
+        trainer.fit(*data, nb_epochs=1, **QUIET)
+        assert (torch.cat(seen) == 0.25).all() and not (torch.cat(measured) == 0.25).any()
+
+    def test_does_not_depend_on_the_share_and_draws_nothing_else(self):
+        x, flip = torch.rand(9, 3, 4, 4), v2.RandomHorizontalFlip()
+        torch.manual_seed(0)
+        whole = augmented(flip, x, Part(9))
+        after = torch.rand(1)
+        torch.manual_seed(0)
+        part = augmented(flip, x[3:6], Part(9, slice(3, 6)))
+        assert torch.equal(part, whole[3:6]) and torch.equal(torch.rand(1), after)
+
+    def test_another_shape_is_refused(self, chain, data):
+        trainer = make_trainer(make_classifier(chain), augmentation=v2.CenterCrop(4))
+        with pytest.raises(ValueError, match=r"`augmentation` makes torch.float32 images of shape \(2, 4, 4\)"):
+            trainer.fit(*data, nb_epochs=1, **QUIET)
+        with pytest.raises(TypeError, match="`augmentation` must be a transform"):
+            make_trainer(make_classifier(chain), augmentation=3)
+
+
+def weights_after(data, model, **kwargs):
+    torch.manual_seed(1)
+    classifier = make_classifier(model)
+    trainer = make_trainer(classifier, warmup=1, reselect_every=1, **kwargs)
+    trainer.fit(*data, batch_size=16, nb_epochs=3, **QUIET)
+    return trainer
+
+
+class TestOptions:
+    @pytest.mark.parametrize("objective", ["adversarial", "clean"])
+    def test_channels_last_is_the_same_but_for_rounding(self, normed, data, objective):
+        models = [normed, copy.deepcopy(normed)]
+        formats = []
+        models[1].conv2.register_forward_hook(
+            lambda m, a, out: formats.append(out.is_contiguous(memory_format=torch.channels_last))
+        )
+        trainers = [
+            weights_after(data, m, channels_last=flag, objective=objective)
+            for m, flag in zip(models, (False, True), strict=True)
+        ]
+        losses = [[record.loss for record in trainer.history.epochs] for trainer in trainers]
+        np.testing.assert_allclose(*losses, rtol=1e-3)
+        assert all(formats[4:])  # after the layers were found
+        assert all(p.is_contiguous() for p in models[1].parameters())
+
+    def test_channels_last_of_a_users_own_is_kept(self, normed, data):
+        normed.to(memory_format=torch.channels_last)
+        weights_after(data, normed, channels_last=True)
+        assert normed.conv2.weight.is_contiguous(memory_format=torch.channels_last)
+
+    def test_channels_last_is_taken_back_after_an_exception(self, normed, data):
+        def stop(image):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            weights_after(data, normed, channels_last=True, augmentation=stop)
+        assert all(p.is_contiguous() for p in normed.parameters())
+
+    @pytest.mark.parametrize("objective", ["adversarial", "clean"])
+    def test_amp_trains_in_bfloat16_and_measures_in_float32(self, normed, data, objective):
+        types = []
+        normed.conv2.register_forward_hook(lambda m, a, out: types.append((normed.training, out.dtype)))
+        trainer = weights_after(data, normed, amp=True, objective=objective)
+        assert {dtype for _, dtype in types} == {torch.float32, torch.bfloat16}
+        assert {dtype for training, dtype in types if training} == {torch.bfloat16}  # the warm-up's updates
+        assert all(p.dtype == torch.float32 for p in normed.parameters())
+        types.clear()
+        trainer._validate(*map(torch.tensor, data), seed=0)
+        assert {dtype for _, dtype in types} == {torch.float32}
+        reference = weights_after(data, Normed(), objective=objective)
+        assert abs(trainer.history.epochs[-1].loss - reference.history.epochs[-1].loss) < 0.3
+
+    def test_selection_is_in_float32_under_amp(self, normed, data):
+        types = []
+        trainer = make_trainer(make_classifier(normed), amp=True)
+        select = trainer._select
+
+        def recording(*args):
+            handle = normed.conv2.register_forward_hook(lambda m, a, out: types.append(out.dtype))
+            chosen = select(*args)
+            handle.remove()
+            return chosen
+
+        trainer._select = recording
+        trainer.fit(*data, nb_epochs=1, **QUIET)
+        assert set(types) == {torch.float32}
+
+    def test_compile_runs_attacks_through_the_compiled_network(self, chain, data, monkeypatch):
+        compiled = []
+
+        def fake(function, **kwargs):
+            compiled.append(0)
+
+            def run(x):
+                compiled[0] += 1
+                return function(x)
+
+            return run
+
+        monkeypatch.setattr(torch, "compile", fake)
+        trainer = weights_after(data, chain, compile=True)
+        plain = weights_after(data, copy.deepcopy(chain), compile=False)
+        assert compiled == [3 * 3 * 4 + 2 * 3 * 4]  # epochs × batches × steps, and two selections
+        assert [r.loss for r in trainer.history.epochs[:1]] != [r.loss for r in plain.history.epochs[:1]]  # trained on
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="needs a C++ compiler")
+    def test_compile_for_real(self, data):
+        torch.manual_seed(0)
+        models = [Chain() for _ in range(2)]
+        models[1].load_state_dict(models[0].state_dict())
+        trainers = [weights_after(data, model, compile=flag) for model, flag in zip(models, (False, True), strict=True)]
+        np.testing.assert_allclose(*[[r.loss for r in t.history.epochs] for t in trainers], rtol=1e-3)
+
+
+class TestFiniteGuard:
+    def test_looks_now_and_then_and_goes_back_to_what_it_last_saw(self):
+        model = nn.Linear(2, 2)
+        guard = FiniteGuard(model, every=3)
+        seen = []
+        for batch in range(1, 9):
+            if batch == 6:
+                with pytest.raises(FloatingPointError):
+                    guard.before_step(torch.tensor(1.0))
+                break
+            guard.before_step(torch.tensor(1.0))
+            with torch.no_grad():
+                model.weight.add_(1)
+            seen.append(model.weight.detach().clone())
+            if batch == 5:
+                with torch.no_grad():
+                    model.weight[0, 0] = float("nan")
+            guard.after_step()
+        assert torch.equal(model.weight, seen[2])
+
+    def test_looks_when_told(self):
+        model = nn.Linear(2, 2)
+        guard = FiniteGuard(model, every=100)
+        guard.before_step(torch.tensor(float("nan")))
+        with torch.no_grad():
+            model.bias.fill_(float("inf"))
+        with pytest.raises(FloatingPointError):
+            guard.after_step(look=True)
+        assert torch.isfinite(model.bias).all()
+
+    def test_no_value_is_fetched_between_two_looks(self, chain, data, monkeypatch):
+        """On a GPU every fetch waits for it. Here: no `.item()`, `.tolist()` or truth of a tensor within an epoch."""
+        monkeypatch.setattr("art_clat.trainer.FiniteGuard", lambda model, every: FiniteGuard(model, every=1000))
+        trainer = make_trainer(make_classifier(chain), warmup=1)
+        fetched, step = [], trainer._step
+        originals = {name: getattr(torch.Tensor, name) for name in ("item", "tolist", "__bool__", "__float__", "numpy")}
+
+        def inside(*args):
+            for name, original in originals.items():
+                monkeypatch.setattr(
+                    torch.Tensor, name, lambda self, *a, o=original, n=name: fetched.append(n) or o(self, *a)
+                )
+            return step(*args)
+
+        trainer._step = inside
+        perturb = trainer._perturb
+        counts = []
+        trainer._perturb = lambda *args: counts.append(len(fetched)) or perturb(*args)
+        trainer.fit(*data, batch_size=8, nb_epochs=1, **QUIET)
+        assert len(counts) == 6 and counts[-1] == 0
+
+
+class TestRandomness:
+    def test_counters_make_different_streams(self):
+        drawn = set()
+        for counters in ((3,), (3, 0), (3, 0, 0), (3, 1), (3, 0, 1), (4,)):
+            reseed(torch.device("cpu"), *counters)
+            drawn.add((torch.rand(1).item(), np.random.rand()))
+        assert len(drawn) == 6
+
+    def test_order_is_another_every_epoch_and_follows_from_the_seed(self, chain, data):
+        orders = []
+        for _ in range(2):
+            trainer, seen = make_trainer(make_classifier(copy.deepcopy(chain))), []
+            perturb = trainer._perturb
+            trainer._perturb = lambda o, a, x, *args, p=perturb, s=seen: s.append(x) or p(o, a, x, *args)
+            trainer.fit(*data, batch_size=16, nb_epochs=2, **QUIET)
+            orders.append(torch.cat(seen))
+        assert torch.equal(*orders) and not torch.equal(orders[0][:48], orders[0][48:])
+        assert torch.equal(orders[0][:48].sort(0).values, torch.tensor(data[0]).sort(0).values)
+
+    def test_batches_from_the_middle_are_those_of_the_epoch(self, data):
+        batches = ArrayBatches(*map(torch.tensor, data), batch_size=10, drop_last=False, device=torch.device("cpu"))
+        torch.manual_seed(1)
+        whole = [x for x, *_ in batches.epoch(0, Ranks())]
+        torch.manual_seed(1)
+        rest = [x for x, *_ in batches.epoch(3, Ranks())]
+        assert len(whole) == batches.nb_batches == 5 and all(map(torch.equal, whole[3:], rest))
+
+
+def test_speed_harness(tmp_path):
+    """It runs and writes its table; how fast is not a test's business."""
+    import subprocess
+
+    command = [sys.executable, ROOT / "evaluation" / "speed.py", "--preset", "smoke", "--output", tmp_path / "speed.md"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    table = (tmp_path / "speed.md").read_text()
+    for row in ("| ART Madry PGD |", "| PGD-AT |", "| CLAT clean, first half |", "Criticality of all 7 layers"):
+        assert row in table
+    assert "failed" not in table
