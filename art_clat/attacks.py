@@ -151,7 +151,7 @@ class Ascent:
         """
         if not self.random_start:
             return x
-        whole = x if len(x) == part.total else x.new_empty(()).expand(part.total, *x.shape[1:])
+        whole = x.new_empty(()).expand(part.total, *x.shape[1:])  # however `x` is stored
         return self.ball.clip(x + self.ball.sample(whole)[part.mine])
 
     def __call__(

@@ -10,6 +10,7 @@ from art.data_generators import DataGenerator
 from art.estimators.classification import PyTorchClassifier
 
 from art_clat.distributed import Part, Ranks
+from art_clat.guest import reseed
 from art_clat.validation import check_data
 
 #: The share of a GPU's free memory up to which the training set is kept there.
@@ -142,30 +143,30 @@ class GeneratorBatches(Batches):
         return inputs, labels, Part(len(inputs))
 
 
-def augmented(augmentation: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, part: Part) -> torch.Tensor:
+def augmented(
+    augmentation: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, part: Part, *counters: int
+) -> torch.Tensor:
     """
     Augment the images of a batch, each by numbers of its own.
 
-    torchvision's transforms draw once for all images they are given together, so they are given one at a time. Every
-    image's numbers follow from its place in the whole batch.
+    torchvision's transforms draw once for all images they are given together, so they are given one at a time, with
+    the global random generators seeded for each: its numbers follow from its place in the whole batch.
 
     :param augmentation: A transform of one image.
     :param x: Images of this process, shape (batch, channels, height, width).
     :param part: Which of the batch they are.
+    :param counters: What says which batch it is, as for :func:`art_clat.guest.reseed`.
     :return: The transformed images, same shape.
     :raises ValueError: If they have another shape.
     """
-    seeds = torch.randint(2**62, (part.total,))[part.mine].tolist()
-    state = torch.default_generator.get_state()
     images = []
-    for image, seed in zip(x, seeds, strict=True):
-        torch.default_generator.manual_seed(seed)
-        images.append(augmentation(image))
-    torch.default_generator.set_state(state)
-    for image in images:
-        if image.shape != x.shape[1:] or image.dtype != x.dtype:
+    for place, image in zip(torch.arange(part.total)[part.mine].tolist(), x, strict=True):
+        reseed(x.device, *counters, place)
+        changed = augmentation(image)
+        if changed.shape != image.shape or changed.dtype != image.dtype:
             raise ValueError(
-                f"`augmentation` makes {image.dtype} images of shape {tuple(image.shape)}; {x.dtype} ones of shape "
-                f"{tuple(x.shape[1:])}, as they come, are needed."
+                f"`augmentation` makes {changed.dtype} images of shape {tuple(changed.shape)}; {image.dtype} ones of "
+                f"shape {tuple(image.shape)}, as they come, are needed."
             )
+        images.append(changed)
     return torch.stack(images)

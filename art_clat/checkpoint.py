@@ -101,6 +101,22 @@ class Checkpoint:
         self._scheduler = scheduler
         self._description = json.loads(json.dumps(description))
 
+    def prepare(self) -> None:
+        """
+        Make sure that the folder can be written to, and clear what a kill has left there.
+
+        :raises OSError: If it cannot.
+        """
+        try:
+            self.last.parent.mkdir(parents=True, exist_ok=True)
+            for left in self.last.parent.glob("*.safetensors.*.tmp"):
+                left.unlink()
+            probe = self.last.with_name(f"probe.safetensors.{os.getpid()}.tmp")
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise _cannot_write(self.last.parent, error) from error
+
     def resume(self) -> Progress | None:
         """
         Put network, optimiser and scheduler where the checkpoint has them.
@@ -167,8 +183,13 @@ class Checkpoint:
         if not self.best.exists():
             return None
         tensors, content = read(self.best)
-        self._check_description(content["description"])
-        return Best(content["epoch"], content["robust_accuracy"], tensors)
+        try:
+            self._check_description(content["description"])
+            if tensors.keys() != weights(self._model).keys():
+                raise KeyError("weights")
+            return Best(content["epoch"], content["robust_accuracy"], tensors)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"`checkpoint`: {self.best} does not hold the best epoch of a run: {error!r}.") from error
 
     def _check_description(self, there: Mapping[str, object]) -> None:
         names = [*there, *(name for name in self._description if name not in there)]
@@ -218,9 +239,12 @@ class Keeper:
 
         :return: Where the run stands; `None` for a run that begins.
         :raises ValueError: As :meth:`Checkpoint.resume`.
+        :raises OSError: As :meth:`Checkpoint.prepare`, before anything is changed.
         """
         if self._checkpoint is None:
             return None
+        if self._writes:
+            self._checkpoint.prepare()
         best = self._checkpoint.load_best()
         progress = self._checkpoint.resume()
         if progress is not None:
@@ -301,6 +325,18 @@ def fingerprint(*tensors: torch.Tensor) -> str:
     return digest.hexdigest()[:16]
 
 
+def fingerprint_of_state(optimizer: torch.optim.Optimizer) -> str:
+    """
+    Give a short text that is the same for the same momentum.
+
+    :param optimizer: The optimiser.
+    :return: 16 hexadecimal digits.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    packed = _packed(optimizer.state_dict()["state"], tensors, "state")
+    return hashlib.sha256(f"{packed}{fingerprint(*tensors.values())}".encode()).hexdigest()[:16]
+
+
 def write(path: Path, tensors: Mapping[str, torch.Tensor], content: Mapping[str, object]) -> None:
     """
     Write tensors and JSON to a file that is either the old one or the new one, whole, whenever the process is killed.
@@ -311,7 +347,7 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor], content: Mapping[str,
     :raises OSError: If that fails.
     """
     text = json.dumps(content)
-    beside = path.with_name(f"{path.name}.tmp")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # of two jobs, neither writes into the other's
     metadata = {"format": str(FORMAT), "content": text, "sha256": _digest(tensors, text, FORMAT)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -320,10 +356,14 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor], content: Mapping[str,
         beside.replace(path)
         _flush(path.parent)
     except (OSError, SafetensorError) as error:
-        raise OSError(
-            f"`checkpoint`: cannot write to {path.parent}: {error}. A folder that can be written to, or that can be "
-            "created, is needed."
-        ) from error
+        raise _cannot_write(path.parent, error) from error
+
+
+def _cannot_write(folder: Path, error: Exception) -> OSError:
+    return OSError(
+        f"`checkpoint`: cannot write to {folder}: {error}. A folder that can be written to, or that can be created, is "
+        "needed."
+    )
 
 
 def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -343,10 +383,11 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
                 raise ValueError(
                     f"its format is {metadata['format']}, newer than {FORMAT}, which this version of art_clat reads"
                 )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            # Copies, which do not hold on to the file, which is going to be replaced.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a mapping
         if metadata.get("sha256") != _digest(tensors, metadata.get("content", ""), int(metadata["format"])):
             raise ValueError("it is damaged: its content does not have the checksum it should have")
-        return tensors, json.loads(metadata["content"])
+        return tensors, json.loads(metadata.get("content", ""))
     except (SafetensorError, ValueError, OSError, RecursionError) as error:
         raise ValueError(
             f"`checkpoint`: {path} cannot be read: {error}. It stays as it is; move it away to begin anew."
@@ -429,21 +470,30 @@ def describe(
     """
     tensors = [*classifier.model.named_parameters(), *classifier.model.named_buffers()]
     facts: dict[str, object] = {name: f"{tensor.dtype}, {tuple(tensor.shape)}" for name, tensor in tensors}
+    facts["the architecture"] = hashlib.sha256(text_of(classifier.model).encode()).hexdigest()[:16]
     facts["the frozen parameters"] = [n for n, p in classifier.model.named_parameters() if not p.requires_grad]
-    facts["the loss"] = text_of(classifier.loss)
+    facts["the loss"] = _settings(classifier.loss, vars(classifier.loss)) | {
+        name: text_of(buffer.cpu().numpy()) for name, buffer in classifier.loss.named_buffers()
+    }
     facts["clip_values"] = text_of(classifier.clip_values)
-    facts["the preprocessing"] = [text_of(operation) for operation in classifier.preprocessing_operations]
+    facts["the preprocessing"] = [
+        _settings(operation, {name: getattr(operation, name, None) for name in operation.params})
+        for operation in classifier.preprocessing_operations
+    ]
     for number, attack in enumerate(attacks, start=1):
-        ignored = ("verbose", "batch_size", "summary_writer", "tensor_board", "estimator")
+        ignored = ("verbose", "batch_size", "summary_writer", "tensor_board")
         # ART keeps some settings of ProjectedGradientDescent in the attack it wraps only.
         holders = [attack, getattr(attack, "_attack", attack)]
         settings = {
-            key: text_of(next((getattr(holder, key) for holder in holders if hasattr(holder, key)), None))
-            for key in attack.attack_params
-            if key not in ignored
+            name: next((getattr(holder, name) for holder in holders if hasattr(holder, name)), None)
+            for name in attack.attack_params
+            if name not in ignored
         }
-        facts[f"attack {number}"] = {"class": type(attack).__name__, **settings}
-    facts["the scheduler"] = type(scheduler).__name__
+        facts[f"attack {number}"] = _settings(attack, settings)
+    moving = ("last_epoch", "T_cur", "T_i", "verbose")
+    facts["the scheduler"] = _settings(
+        scheduler, {k: v for k, v in (scheduler.state_dict() if scheduler else {}).items() if k not in moving}
+    )
     optimizer: Any = classifier.optimizer
     facts["the optimizer"] = type(optimizer).__name__
     facts |= {f"optimizer.{key}": text_of(value) for key, value in optimizer.defaults.items() if key != "lr"}
@@ -454,6 +504,19 @@ def describe(
             "weight_decay": text_of(group.get("weight_decay")),
         }
     return facts
+
+
+def _settings(thing: object, values: Mapping[str, object]) -> dict[str, object]:
+    """Describe an object by its class and its public settings; of settings that are objects, the class alone."""
+
+    def text(value: object) -> str:
+        if isinstance(value, (list, tuple)):
+            return f"[{', '.join(map(text, value))}]"
+        plain = value is None or isinstance(value, (bool, int, float, str, dict, np.ndarray, np.generic))
+        return text_of(value) if plain else type(value).__name__
+
+    public = {name: text(value) for name, value in values.items() if not name.startswith("_") and name != "training"}
+    return {"class": type(thing).__name__, **public}
 
 
 def text_of(value: object) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,8 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-#: How long one process waits for another before it gives up.
+#: How long one process waits within ``fit`` for another, with all of them at work, before it gives up.
 TIMEOUT = timedelta(seconds=60)
+
+#: Groups with that timeout, by the group of all processes that they were made from.
+_groups: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
 
 
 @dataclass(frozen=True)
@@ -39,21 +43,24 @@ class Ranks:
 
     :param rank: This process, counted from 0.
     :param size: How many there are.
+    :param group: What they talk through; `None` for torch's default.
     """
 
     rank: int = 0
     size: int = 1
+    group: dist.ProcessGroup | None = None
 
     @classmethod
     def join(cls, device: torch.device) -> Ranks:
         """
         Find the processes that train together: those of torch's process group, or those that ``torchrun`` launched.
 
-        A group that has to be made for the latter (NCCL on a GPU, gloo otherwise) stays until the process ends.
+        A group that has to be made for the latter (NCCL on a GPU, gloo otherwise) stays until the process ends. All
+        processes of the group must call this; they wait for each other as long as the group lets them.
 
         :param device: Where this process computes.
         :return: The processes.
-        :raises ValueError: If two processes of one machine are on the same GPU.
+        :raises ValueError: If ``torchrun``'s processes on one machine are not on a GPU of their own.
         """
         if not dist.is_available():
             return cls()
@@ -61,9 +68,16 @@ class Ranks:
             if not dist.is_torchelastic_launched() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
                 return cls()
             _check_own_gpu(device)
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
             atexit.register(_leave)
-        return cls(dist.get_rank(), dist.get_world_size())
+        if dist.get_world_size() == 1:
+            return cls()
+        world = dist.group.WORLD
+        assert world is not None
+        dist.barrier()
+        if world not in _groups:
+            _groups[world] = dist.new_group(timeout=TIMEOUT)  # type: ignore[assignment]  # this process is in it
+        return cls(dist.get_rank(), dist.get_world_size(), _groups[world])
 
     def part(self, nb_samples: int) -> Part:
         """
@@ -85,7 +99,7 @@ class Ranks:
         """
         if self.size == 1:
             return values
-        total: torch.Tensor = _Sum.apply(values)
+        total: torch.Tensor = _Sum.apply(values, self.group)
         return total
 
     def first(self, values: torch.Tensor) -> torch.Tensor:
@@ -96,7 +110,7 @@ class Ranks:
         :return: The first process's values.
         """
         if self.size > 1:
-            dist.broadcast(values, 0)
+            dist.broadcast(values, 0, group=self.group)
         return values
 
     def check_same(self, facts: Mapping[str, object], device: torch.device) -> None:
@@ -109,17 +123,24 @@ class Ranks:
         """
         if self.size == 1:
             return
-        digests = {name: hashlib.sha256(repr(value).encode()).digest()[:8] for name, value in facts.items()}
-        here = torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests.values()], device=device)
-        largest, smallest = here.clone(), here.clone()
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
-        dist.all_reduce(smallest, dist.ReduceOp.MIN)
-        names = [name for name, same in zip(digests, (largest == smallest).tolist(), strict=True) if not same]
-        if names:
-            raise ValueError(
-                f"The {self.size} processes differ in {', '.join(names[:5])}: all must call `fit` with the same "
-                "arguments, model, checkpoint and data, all of the training set; each takes its share by itself."
-            )
+        # One number of the same kind everywhere first, since not even the number of facts need be the same.
+        text = json.dumps({name: str(value) for name, value in facts.items()})
+        digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
+        largest, smallest = torch.tensor(digest, device=device), torch.tensor(digest, device=device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        dist.all_reduce(smallest, dist.ReduceOp.MIN, group=self.group)
+        if largest == smallest:
+            return
+        texts: list[str] = [""] * self.size
+        dist.all_gather_object(texts, text, group=self.group)
+        first, *others = map(json.loads, texts)
+        names = [
+            n for n in {**first, **{n: 0 for o in others for n in o}} if any(o.get(n) != first.get(n) for o in others)
+        ]
+        raise ValueError(
+            f"The {self.size} processes differ in {', '.join(names[:5])}: all must call `fit` with the same arguments, "
+            "model, optimizer, checkpoint and data, all of the training set; each takes its share by itself."
+        )
 
     def share_model(self, model: nn.Module) -> None:
         """
@@ -140,19 +161,23 @@ class Ranks:
         """
         if self.size == 1:
             return module
-        return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
+        return nn.parallel.DistributedDataParallel(
+            module, process_group=self.group, broadcast_buffers=False, find_unused_parameters=True
+        )
 
     @contextmanager
     def together(self) -> Iterator[None]:
         """
         Say in plain words that another process is gone, where torch reports a broken connection.
 
+        NCCL does not report one: torch itself ends the process then, with its own message.
+
         :raises ConnectionError: In that case.
         """
         try:
             yield
         except RuntimeError as error:
-            broken = ("gloo", "nccl", "connection", "process group", "timed out", "broken pipe", "socket")
+            broken = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe")
             if self.size == 1 or not any(word in str(error).lower() for word in broken):
                 raise
             raise ConnectionError(
@@ -164,21 +189,23 @@ class Ranks:
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, values: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+        ctx.group = group
         total = values.clone()
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         total = gradient.contiguous().clone()
-        dist.all_reduce(total)
-        return total
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
 
 
 def _check_own_gpu(device: torch.device) -> None:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if device.type == "cuda" and device.index != local_rank:
+    # A launcher may show every process only its own GPU.
+    if device.type == "cuda" and torch.cuda.device_count() > 1 and device.index != local_rank:
         raise ValueError(
             f"Process {local_rank} of this machine computes on {device}: call "
             '`torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))` before `classifier` is made, so that every process '

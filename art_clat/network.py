@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from art.estimators.classification import PyTorchClassifier
 from art.preprocessing.standardisation_mean_std.pytorch import StandardisationMeanStdPyTorch
+from art.preprocessing.standardisation_mean_std.utils import broadcastable_mean_std
 from torch import nn
 
 from art_clat.distributed import Ranks
@@ -29,8 +30,9 @@ class Network:
         self.model: nn.Module = classifier.model
         self.device = torch.device(classifier.device)
         self.nb_classes = int(classifier.nb_classes)
-        #: The processes that share a batch.
+        #: The processes that train it.
         self.ranks = Ranks()
+        self._sharing = Ranks()  # those that share the batch of a forward pass
         #: Whether an input gradient flows through the preprocessing.
         self.is_differentiable = bool(classifier.all_framework_preprocessing)
         clip = classifier.clip_values
@@ -45,6 +47,11 @@ class Network:
         self._run: Callable[[torch.Tensor], torch.Tensor] = self.model if is_plain else lambda x: self._wrapped(x)[-1]
         self._compiled: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._amp = False
+        # Whether the loss takes index labels, which ART would make of one-hot ones, waiting for the device.
+        indices = torch.arange(self.nb_classes, device=self.device)
+        reduced = classifier.reduce_labels(self.one_hot(indices))
+        self._takes_indices = reduced.dtype == indices.dtype and torch.equal(reduced, indices)
+        self._standardisations: dict[tuple[bytes, bytes], list[torch.Tensor]] = {}
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """
@@ -65,9 +72,13 @@ class Network:
         :param fit: Apply the preprocessing that ART applies in training, not that of prediction.
         :return: The loss, reduced as the classifier's loss does, and logits of shape (batch, nb_classes).
         """
-        x, y = self._preprocess(x, self.one_hot(y), fit=fit)
+        if self._only_standardises():
+            x, labels = self._preprocess(x, None, fit=fit)[0], self._labels(y)
+        else:
+            x, y = self._preprocess(x, self.one_hot(y), fit=fit)
+            labels = self.classifier.reduce_labels(y)
         logits = self._forward(x)
-        loss: torch.Tensor = self.classifier.loss(logits, self.classifier.reduce_labels(y))
+        loss: torch.Tensor = self.classifier.loss(logits, labels)
         return loss, logits
 
     def loss_on(self, y: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -77,9 +88,9 @@ class Network:
         :param y: Labels, as in :meth:`loss`.
         :return: A function of inputs of shape (batch, *input_shape); it prepares the labels once, not at every call.
         """
-        if not all(isinstance(operation, StandardisationMeanStdPyTorch) for operation in self._preprocessing()):
-            return lambda x: self.loss(x, y)[0]  # it may change labels along with inputs
-        labels = self.classifier.reduce_labels(self.one_hot(y))
+        if not self._only_standardises():
+            return lambda x: self.loss(x, y)[0]  # preprocessing may change labels along with inputs
+        labels = self._labels(y)
 
         def loss(x: torch.Tensor) -> torch.Tensor:
             x, _ = self._preprocess(x, None, fit=False)
@@ -122,18 +133,17 @@ class Network:
                as before.
         """
         formats = [(p, p.stride()) for p in self.model.parameters() if p.ndim == 4] if channels_last else []
-        self._amp = amp
-        self._compiled = torch.compile(self._run, dynamic=False) if compile else None
+        state = {} if self.classifier.optimizer is None else self.classifier.optimizer.state
         try:
+            self._amp = amp
+            self._compiled = torch.compile(self._run, dynamic=False) if compile else None
             for parameter, _ in formats:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+                _restride(parameter, state, torch.empty_like(parameter, memory_format=torch.channels_last).stride())
             yield
         finally:
             self._amp, self._compiled = False, None
             for parameter, stride in formats:
-                parameter.data = torch.empty_strided(
-                    parameter.shape, stride, dtype=parameter.dtype, device=parameter.device
-                ).copy_(parameter.data)
+                _restride(parameter, state, stride)
 
     @contextmanager
     def in_float32(self) -> Iterator[None]:
@@ -148,28 +158,68 @@ class Network:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._amp):
             if whole and self._compiled is not None:
                 return self._compiled(x).float()
-            with BatchNorms(self.ranks):
+            with BatchNorms(self._sharing):
                 output = self._run(x)
         return output.float() if self._amp else output
 
-    def _preprocessing(self) -> list[object]:
-        """Give ART's preprocessing without the standardisation by 0 and 1 that it has where nobody asked for one."""
-        return [
-            operation
-            for operation in self.classifier.preprocessing_operations
-            if not (
-                isinstance(operation, StandardisationMeanStdPyTorch)
-                and np.all(operation.mean == 0)
-                and np.all(operation.std == 1)
-            )
-        ]
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Take BatchNorm statistics over the processes in this context, whose forward passes all of them make."""
+        self._sharing = self.ranks
+        try:
+            yield
+        finally:
+            self._sharing = Ranks()
+
+    def _labels(self, y: torch.Tensor) -> torch.Tensor:
+        """Give labels as the loss takes them."""
+        if y.ndim == 1 and self._takes_indices:
+            return y
+        labels: torch.Tensor = self.classifier.reduce_labels(self.one_hot(y))
+        return labels
+
+    def _only_standardises(self) -> bool:
+        operations = self.classifier.preprocessing_operations
+        return all(isinstance(operation, StandardisationMeanStdPyTorch) for operation in operations)
+
+    def _standardise(self, x: torch.Tensor, *, fit: bool) -> torch.Tensor:
+        """Do what ART's standardisation does, with its constants on the device; never in place."""
+        x = x.clone()  # a network may begin with an in-place operation
+        for operation in self.classifier.preprocessing_operations:
+            applied = operation.apply_fit if fit else operation.apply_predict
+            if not applied or (np.all(operation.mean == 0) and np.all(operation.std == 1)):
+                continue  # by 0 and 1 where nobody asked for one
+            key = (operation.mean.tobytes(), operation.std.tobytes())
+            if key not in self._standardisations:
+                constants = broadcastable_mean_std(x, operation.mean, operation.std)
+                self._standardisations[key] = [
+                    torch.as_tensor(np.asarray(c, np.float32), device=x.device) for c in constants
+                ]
+            mean, std = self._standardisations[key]
+            x = (x - mean) / std
+        return x
 
     def _preprocess(self, x: torch.Tensor, y: torch.Tensor | None, *, fit: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self._preprocessing():
-            return x.clone(), y  # type: ignore[return-value]  # a network may begin with an in-place operation
+        if self._only_standardises():
+            return self._standardise(x, fit=fit), y  # type: ignore[return-value]
         if self.is_differentiable:
             return self.classifier._apply_preprocessing(x, y, fit=fit, no_grad=False)  # type: ignore[no-any-return]
         y_array = None if y is None else y.cpu().numpy()
         arrays = self.classifier._apply_preprocessing(x.detach().cpu().numpy(), y_array, fit=fit)
         x, y = (None if a is None else torch.as_tensor(a, device=self.device) for a in arrays)  # type: ignore[assignment]
         return x.float(), y  # type: ignore[return-value]
+
+
+def _restride(
+    parameter: nn.Parameter, state: Mapping[torch.Tensor, dict[str, object]], stride: tuple[int, ...]
+) -> None:
+    """Store a parameter, and what its optimiser keeps of the same shape, in another order."""
+
+    def restrided(tensor: torch.Tensor) -> torch.Tensor:
+        stored = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
+        return stored.copy_(tensor)
+
+    parameter.data = restrided(parameter.data)
+    for key, value in state.get(parameter, {}).items():
+        if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+            state[parameter][key] = restrided(value)

@@ -21,7 +21,7 @@ class BatchNorms(TorchFunctionMode):
     multiplication that is needed, and on a CPU gives the same bits. On several processes a BatchNorm in training takes
     its statistics over the whole batch, as one process would.
 
-    :param ranks: The processes that share a batch.
+    :param ranks: The processes that share the batch of this forward pass; one alone for passes of their own.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -71,8 +71,9 @@ class BatchNorms(TorchFunctionMode):
     ) -> torch.Tensor:
         dims = [0, *range(2, x.ndim)]
         wide = x.float()
-        count = self.ranks.sum(torch.tensor(float(x.numel() // x.shape[1]), device=x.device))
-        mean = self.ranks.sum(wide.sum(dims)) / count
+        here = wide.new_full((1,), x.numel() // x.shape[1])
+        *_, count = sums = self.ranks.sum(torch.cat([wide.sum(dims), here]))
+        mean = sums[:-1] / count
         centred = wide - _channels(mean, x.ndim)
         variance = self.ranks.sum(centred.square().sum(dims)) / count
         if running_mean is not None and running_var is not None:

@@ -86,8 +86,8 @@ class AdversarialCLAT(Objective):
         L(F(x+δ), y) + λ · E[ Σ_{i∈S} ‖F_i(x+δ) − F_i(x)‖_2 ].
 
     This departs from eq. 5 and 6 in two ways: the cross-entropy is on the perturbed batch, and the same δ serves the
-    feature distance. The gradient flows through both features, as in eq. 6. A BatchNorm in S sees the clean and the
-    perturbed batch in turn, in training mode, as in TRADES.
+    feature distance. The gradient flows through both features, as in eq. 6. The clean pass ends at the last of them; a
+    BatchNorm in S before that sees the clean and the perturbed batch in turn, in training mode, as in TRADES.
 
     :param network: The network.
     :param layers: The critical layers S.

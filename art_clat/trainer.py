@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from art_clat import validation as check
 from art_clat.attacks import OutputAttack
 from art_clat.batches import ArrayBatches, Batch, Batches, GeneratorBatches, augmented
-from art_clat.checkpoint import Checkpoint, Keeper, Progress, describe, fingerprint, text_of
+from art_clat.checkpoint import Checkpoint, Keeper, Progress, describe, fingerprint, fingerprint_of_state, text_of
 from art_clat.criticality import measure
 from art_clat.distributed import Part, Ranks
 from art_clat.guest import FiniteGuard, evaluation_mode, own_modes, own_randomness, reseed
@@ -154,15 +154,15 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         if single_step and objective != "clean":
             raise ValueError("`single_step` is the inner attack of `objective='clean'`; it needs that objective.")
         super().__init__(classifier, list(attack_list), ratio)
-        self.warmup = warmup
+        self.warmup = int(warmup)
         self.criticality_weight = criticality_weight
         self.critical_fraction = critical_fraction
-        self.reselect_every = reselect_every
+        self.reselect_every = int(reselect_every)
         self.objective = objective
         self.single_step = single_step
         self.head_eligible = head_eligible
         self.after_norm = after_norm
-        self.selection_samples = selection_samples
+        self.selection_samples = int(selection_samples)
         self.augmentation = augmentation
         self.amp = amp
         self.compile = compile
@@ -225,6 +225,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         check.check_whole(nb_epochs, 1, argument="nb_epochs")
         check.check_whole(checkpoint_every, 1, argument="checkpoint_every")
         self._check_scheduler(scheduler)
+        batch_size, nb_epochs, checkpoint_every = int(batch_size), int(nb_epochs), int(checkpoint_every)  # NumPy's too
         inputs, labels = check.check_data(self._classifier, x, y, argument="x", label_argument="y")
         if options["drop_last"] and len(inputs) < batch_size:
             raise ValueError(
@@ -232,45 +233,42 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
             )
         if restore_best and validation_data is None:
             raise ValueError("`restore_best` needs `validation_data` to tell which epoch is best.")
-        ranks = Ranks.join(self._network.device)
-        last = len(inputs) % batch_size if not options["drop_last"] else 0
-        if min(batch_size, len(inputs), last or batch_size) < ranks.size:
-            raise ValueError(
-                f"`batch_size` {batch_size} leaves a batch of {last or batch_size} of {len(inputs)} inputs, fewer than "
-                f"the {ranks.size} processes: choose another `batch_size`, or `drop_last=True`."
-            )
-        reduction = getattr(self._classifier.loss, "reduction", "mean")
-        if ranks.size > 1 and reduction != "mean":
-            raise ValueError(
-                f"`classifier.loss` has the reduction {reduction!r}; on several processes it must be 'mean'."
-            )
+        if checkpoint is not None and (not isinstance(checkpoint, (str, os.PathLike)) or not os.fspath(checkpoint)):
+            raise ValueError(f"`checkpoint` must be the path of a folder, got {checkpoint!r}.")
         validation = self._check_validation(validation_data)
-        if checkpoint is None and ranks.size == 1:
-            described = {}
-        else:
-            described = {
-                **{name: text_of(getattr(self, name)) for name in _ARGUMENTS},
-                "batch_size": batch_size,
-                "nb_epochs": nb_epochs,
-                "drop_last": options["drop_last"],
-                "the inputs": fingerprint(inputs),
-                "the labels": fingerprint(labels),
-                "validation_data": None if validation is None else fingerprint(*validation),
-                **describe(self._classifier, scheduler, [attack.attack for attack in self._attacks]),
-            }
-            ranks.check_same(described, self._network.device)
-        model, optimizer = self._network.model, self._classifier.optimizer
-        keeper = Keeper(
-            model,
-            None if checkpoint is None else Checkpoint(checkpoint, model, optimizer, scheduler, described),
-            every=checkpoint_every,
-            keeps_best=restore_best or checkpoint is not None,
-            writes=ranks.rank == 0,
-        )
-        batches = ArrayBatches(
-            inputs, labels, batch_size=batch_size, drop_last=options["drop_last"], device=self._network.device
-        )
-        self._train(batches, validation, nb_epochs, scheduler, keeper, ranks, verbose=options["verbose"])
+        ranks = Ranks.join(self._network.device)
+        with ranks.together():
+            if ranks.size > 1:
+                self._check_can_be_shared(ranks, len(inputs), batch_size, drop_last=options["drop_last"])
+            if checkpoint is None and ranks.size == 1:
+                described: dict[str, object] = {}
+            else:
+                described = {
+                    **{name: text_of(getattr(self, name)) for name in _ARGUMENTS},
+                    "batch_size": batch_size,
+                    "nb_epochs": nb_epochs,
+                    "drop_last": bool(options["drop_last"]),
+                    "the inputs": fingerprint(inputs),
+                    "the labels": fingerprint(labels),
+                    "validation_data": None if validation is None else fingerprint(*validation),
+                    **describe(self._classifier, scheduler, [attack.attack for attack in self._attacks]),
+                }
+            model, optimizer = self._network.model, self._classifier.optimizer
+            if ranks.size > 1:
+                saves = {"checkpoint": checkpoint is not None, "checkpoint_every": checkpoint_every}
+                state = {"the optimizer's state": fingerprint_of_state(optimizer), "restore_best": restore_best}
+                ranks.check_same({**described, **saves, **state}, self._network.device)
+            keeper = Keeper(
+                model,
+                None if checkpoint is None else Checkpoint(checkpoint, model, optimizer, scheduler, described),
+                every=checkpoint_every,
+                keeps_best=restore_best or checkpoint is not None,
+                writes=ranks.rank == 0,
+            )
+            batches = ArrayBatches(
+                inputs, labels, batch_size=batch_size, drop_last=options["drop_last"], device=self._network.device
+            )
+            self._train(batches, validation, nb_epochs, scheduler, keeper, ranks, verbose=options["verbose"])
         if restore_best:
             keeper.restore_best()
 
@@ -323,7 +321,8 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         """Run the procedure of the paper: adversarial training, then rounds of selection and fine-tuning."""
         network = self._network
         network.ranks = ranks
-        progress = keeper.resume() or Progress(seed=self._draw_seed())
+        drawn = self._draw_seed()
+        progress = keeper.resume() or Progress(seed=drawn)
         ranks.check_same({"the checkpoint": (progress.epoch, progress.batch, progress.seed)}, network.device)
         with own_randomness(progress.seed, network.device):
             sample = batches.sample(self.selection_samples, ranks)
@@ -331,9 +330,9 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         eligible = eligible_layers(layers, head_eligible=self.head_eligible)
         self._check_optimizer(None if self.warmup else eligible)
         self.history = history = progress.history
-        with ranks.together(), self._as_guest(progress.seed) as freeze, self._accelerated():
+        with self._as_guest(progress.seed) as freeze, self._accelerated():
             ranks.share_model(network.model)
-            keeper.save(progress)  # before any work is done: what cannot be saved is refused here
+            keeper.save(progress)  # a scheduler, say, that cannot be saved is refused before any work is done
             stage = self._begin(None if progress.chosen is None else _named(layers, progress.chosen), freeze)
             with tqdm(
                 initial=progress.epoch, total=nb_epochs, unit="epoch", disable=not verbose or ranks.rank > 0
@@ -410,7 +409,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         epoch, seed, device, ranks = progress.epoch, progress.seed, self._network.device, self._network.ranks
         start = time.perf_counter() - progress.seconds
         learning_rate = float(self._classifier.optimizer.param_groups[0]["lr"])
-        guard = FiniteGuard(self._network.model, every=LOOK_EVERY if device.type == "cuda" else 1)
+        guard = FiniteGuard(self._network.model, every=LOOK_EVERY if device.type == "cuda" else 1, ranks=ranks)
         sums = torch.zeros(5, dtype=torch.float64, device=device)
 
         def catch_up(done: int) -> None:
@@ -422,12 +421,12 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
 
         reseed(device, seed, epoch)
         for batch, (x, y, part) in enumerate(batches.epoch(progress.batch, ranks), start=progress.batch):
+            x, y = self._prepare(x, part, seed, epoch, batch), y.to(device)
             reseed(device, seed, epoch, batch)
-            x, y = self._prepare(x, part), y.to(device)
             attack = self._attacks[(epoch * batches.nb_batches + batch) % len(self._attacks)]
             x_adv = self._perturb(stage.objective, attack, x, y, part)
             if ranks.size > 1:  # dropout must not leave out the same units everywhere
-                reseed(device, seed, epoch, batch, ranks.rank)
+                reseed(device, seed, epoch, batch, 0, ranks.rank)
             self._set_modes(stage.chosen)
             try:
                 loss = self._step(stage, guard, x, x_adv, y, part)
@@ -446,6 +445,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
                 elif batch + 1 == batches.nb_batches:
                     catch_up(batch + 1)
             except FloatingPointError as error:
+                self._classifier.optimizer.state.clear()  # it may have become infinite too
                 raise FloatingPointError(
                     f"{error} in epoch {epoch}, batch {batch}. The likely cause is a learning rate (now "
                     f"{learning_rate:g}) or a `criticality_weight` ({self.criticality_weight:g}) that is too large. "
@@ -468,11 +468,11 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
             )
         )
 
-    def _prepare(self, x: torch.Tensor, part: Part) -> torch.Tensor:
+    def _prepare(self, x: torch.Tensor, part: Part, *counters: int) -> torch.Tensor:
         """Bring a batch to the device, augmented and stored as it is going to be used."""
         x = x.to(self._network.device)
         if self.augmentation is not None:
-            x = augmented(self.augmentation, x, part)
+            x = augmented(self.augmentation, x, part, *counters)
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last and x.ndim == 4 else x
 
     def _perturb(
@@ -481,14 +481,15 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         """Perturb the share `ratio` of a batch, drawn at random."""
         if self.ratio == 1:
             return objective.perturb(attack, x, y, part)
-        drawn = torch.randperm(part.total, device=x.device)[: int(np.ceil(self.ratio * part.total))]
-        place = torch.full((part.total,), -1, device=x.device)
-        place[drawn] = torch.arange(len(drawn), device=x.device)
+        drawn = torch.randperm(part.total)[: int(np.ceil(self.ratio * part.total))]
+        place = torch.full((part.total,), -1)
+        place[drawn] = torch.arange(len(drawn))
         here = place[part.mine]  # where each sample of this process is among those drawn
-        x_adv, perturbed = x.clone(), here >= 0
-        if perturbed.any():
-            among = Part(len(drawn), here[perturbed])
-            x_adv[perturbed] = objective.perturb(attack, x[perturbed], y[perturbed], among)
+        perturbed = torch.nonzero(here >= 0)[:, 0]
+        x_adv = x.clone()
+        if len(perturbed):
+            among, indices = Part(len(drawn), here[perturbed].to(x.device)), perturbed.to(x.device)
+            x_adv[indices] = objective.perturb(attack, x[indices], y[indices], among)
         return x_adv
 
     def _step(
@@ -498,7 +499,8 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         optimizer = self._classifier.optimizer
         optimizer.zero_grad()
         try:
-            loss = BatchLoss(*stage.loss(x, x_adv, y))
+            with self._network.shared():
+                loss = BatchLoss(*stage.loss(x, x_adv, y))
         except ValueError as error:
             if len(x) == 1 and "more than 1 value per channel" in str(error):
                 raise ValueError(
@@ -539,7 +541,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
 
     def _draw_seed(self) -> int:
         if self.seed is not None:
-            return self.seed
+            return int(self.seed)
         drawn = torch.tensor(int(np.random.randint(2**32, dtype=np.uint64)), device=self._network.device)
         return int(self._network.ranks.first(drawn))
 
@@ -571,6 +573,28 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
                         optimizer.state.pop(parameter, None)
 
             yield freeze
+
+    def _check_can_be_shared(self, ranks: Ranks, nb_samples: int, batch_size: int, *, drop_last: bool) -> None:
+        """Refuse what several processes would compute otherwise than one."""
+        last = 0 if drop_last else nb_samples % batch_size
+        if min(batch_size, nb_samples, last or batch_size) < ranks.size:
+            raise ValueError(
+                f"`batch_size` {batch_size} leaves a batch of {last or batch_size} of {nb_samples} inputs, fewer than "
+                f"the {ranks.size} processes: choose another `batch_size`, or `drop_last=True`."
+            )
+        loss = self._classifier.loss
+        if getattr(loss, "reduction", None) != "mean" or getattr(loss, "weight", None) is not None:
+            raise ValueError(
+                f"`classifier.loss` is {loss} with reduction {getattr(loss, 'reduction', None)!r}; on several "
+                "processes it must be a mean over the samples: `reduction='mean'`, and no class weights."
+            )
+        for name, module in self._network.model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+                raise ValueError(f"`classifier.model`: {name} has no running statistics; several processes need them.")
+            if getattr(module, "grad_checkpointing", False):
+                raise ValueError(
+                    f"`classifier.model`: {name or 'it'} recomputes activations; several processes cannot."
+                )
 
     def _check_inner_attack(self) -> None:
         for attack in self._attacks:

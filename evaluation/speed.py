@@ -343,8 +343,9 @@ def tables(results, setting):
         f"3×32×32, {setting['batches']} an epoch, PGD with {ATTACK['max_iter']} steps; medians of {setting['repeats']} "
         "repeats, contenders alternating. `F` is the time of the plain forward pass (no gradients, evaluation mode, "
         f"the faster of {setting['batch size']} and {CHUNK} images at once) over the same images. `FLOPs` are counted "
-        "by `torch.utils.flop_counter` (too many for the weight gradients of depth-wise convolutions), in forward passes. The last column is measured time over the time that the "
-        "counted FLOPs would take at the plain forward pass's rate.",
+        "by `torch.utils.flop_counter` (too many for the weight gradients of depth-wise convolutions), in forward "
+        "passes; the column after it is measured time over the time that they would take at the plain forward pass's "
+        "rate. Peak memory is that of all tensors of the run that were not there before it.",
         "",
     ]
     for model, result in results.items():

@@ -5,7 +5,8 @@ CLAT on CIFAR-10 with a ResNet-18: PGD-AT first, then CLAT on the critical layer
     python examples/cifar10_resnet18.py --subset 500 --epochs 4 --warmup 2   # minutes on a CPU
 
 The data are torchvision's, downloaded to ``--data`` unless they are there. Threat model and attack are the paper's:
-ℓ∞, ε = 8/255, PGD-10 with steps of 2/255.
+ℓ∞, ε = 8/255, PGD-10 with steps of 2/255; training images are cropped and flipped at random, as usual. The run saves
+itself under ``--output``: killed, the same command continues it.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from art.estimators.classification import PyTorchClassifier
 from safetensors.torch import save_file
 from torch import nn
 from torchvision.datasets import CIFAR10
+from torchvision.transforms import v2
 
 from art_clat import AdversarialTrainerCLATPyTorch, create_backbone, evaluate_robustness, write_robustbench_entry
 from art_clat.plots import save
@@ -44,6 +46,7 @@ def main():
     parser.add_argument("--objective", choices=("adversarial", "clean"), default="adversarial")
     parser.add_argument("--test-examples", type=int, default=100, help="test images to run AutoAttack on")
     parser.add_argument("--validation", type=int, default=200, help="validation images, up to 1,000")
+    parser.add_argument("--amp", action="store_true", help="train in bfloat16")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -69,6 +72,8 @@ def main():
         warmup=args.warmup,
         reselect_every=args.reselect_every,
         objective=args.objective,
+        augmentation=v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()]),
+        amp=args.amp,
         seed=args.seed,
     )
     trainer.fit(
@@ -77,6 +82,7 @@ def main():
         validation_data=(x[validation], y[validation]),
         nb_epochs=args.epochs,
         scheduler=scheduler,
+        checkpoint=args.output / "checkpoint",
     )
 
     save_file(model.state_dict(), args.output / "clat.safetensors")

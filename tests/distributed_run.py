@@ -8,16 +8,20 @@ import sys
 import numpy as np
 import torch
 from art.data_generators import NumpyDataGenerator
-from conftest import INPUT_SHAPE, NB_CLASSES, Normed, make_attack, make_classifier
+from conftest import INPUT_SHAPE, NB_CLASSES, Chain, Normed, make_attack, make_classifier
 from torch import nn
 from torchvision.transforms import v2
 
 from art_clat import AdversarialTrainerCLATPyTorch
+from art_clat.distributed import Ranks
 
 #: By name: what the trainer and what `fit` is given. 50 samples in batches of 16 leave a last batch of 2.
 CONFIGURATIONS = {
     "adversarial": ({"objective": "adversarial"}, {}),
-    "clean, augmented": ({"objective": "clean", "augmentation": v2.RandomHorizontalFlip()}, {}),
+    "clean, augmented, channels last": (
+        {"objective": "clean", "augmentation": v2.RandomHorizontalFlip(), "channels_last": True},
+        {},
+    ),
     "a share of odd batches, several layers": ({"ratio": 0.6, "critical_fraction": 0.5}, {"batch_size": 15}),
     "two attacks, one through NumPy": ({"numpy": True}, {"drop_last": True}),
 }
@@ -72,9 +76,12 @@ def compare():
     return results
 
 
-def refuse():
+def refuse(output):
     """Try what several processes cannot do."""
     rank = int(os.environ["RANK"])
+    folder = f"{output}-folder-{rank}"
+    if rank == 0:  # a run that the other process does not see
+        fit(lone_trainer(), checkpoint=f"{folder}/y", nb_epochs=2)
     x, y = make_data()
     trainer = make_trainer()
     messages = {}
@@ -84,20 +91,53 @@ def refuse():
         "generator": lambda: trainer.fit_generator(NumpyDataGenerator(x, y, batch_size=16)),
         "other data": lambda: fit(trainer, (x[: 50 - 2 * rank], y[: 50 - 2 * rank]), batch_size=10),
         "other arguments": lambda: fit(make_trainer(criticality_weight=0.1 + rank)),
-        "summed loss": lambda: fit(make_trainer_with(nn.CrossEntropyLoss(reduction="sum"))),
+        "summed loss": lambda: fit(make_trainer_with(loss=nn.CrossEntropyLoss(reduction="sum"))),
+        "weighted loss": lambda: fit(make_trainer_with(loss=nn.CrossEntropyLoss(weight=torch.ones(NB_CLASSES)))),
+        "another model": lambda: fit(make_trainer() if rank else make_trainer_with(model=Chain())),
+        "other momentum": lambda: fit(make_trainer_with(momentum=rank)),
+        "checkpoint of one only": lambda: fit(trainer, checkpoint=f"{folder}/x" if rank == 0 else None),
+        "folder of one only": lambda: fit(make_trainer(seed=None), checkpoint=f"{folder}/y", nb_epochs=2),
+        "norm without statistics": lambda: fit(make_trainer_with(model=no_statistics())),
+        "a loss that is not finite in one": lambda: fit(make_trainer_with(factor=float("nan") if rank else 1.0)),
     }.items():
         try:
             attempt()
             messages[name] = None
-        except ValueError as error:
-            messages[name] = str(error)
+        except (ValueError, FloatingPointError) as error:
+            messages[name] = f"{type(error).__name__}: {error}"
     return messages
 
 
-def make_trainer_with(loss):
-    trainer = make_trainer()
-    trainer.classifier._loss = loss
+def lone_trainer():
+    """A trainer whose `fit` takes this process for the only one."""
+    trainer, fit_together = make_trainer(seed=None), AdversarialTrainerCLATPyTorch.fit
+
+    def fit_alone(*args, **kwargs):
+        join, Ranks.join = Ranks.join, classmethod(lambda cls, device: Ranks())
+        try:
+            fit_together(trainer, *args, **kwargs)
+        finally:
+            Ranks.join = join
+
+    trainer.fit = fit_alone
     return trainer
+
+
+def no_statistics():
+    model = Normed()
+    model.bn2 = nn.BatchNorm2d(6, track_running_stats=False)
+    return model
+
+
+def make_trainer_with(*, model=None, loss=None, momentum=0, factor=None):
+    model = model or Normed()
+    classifier = make_classifier(model, loss=loss)
+    if factor is not None:
+        classifier.loss.forward = lambda logits, y: factor * nn.functional.cross_entropy(logits, y)
+    if momentum:
+        for parameter in model.parameters():
+            classifier.optimizer.state[parameter]["momentum_buffer"] = torch.ones_like(parameter)
+    return AdversarialTrainerCLATPyTorch(classifier, make_attack(classifier), warmup=2, seed=0)
 
 
 def hooks_left():
@@ -130,7 +170,7 @@ def main():
         trainer._step = dying
         fit(trainer, checkpoint=output, checkpoint_every=1)
         return
-    result = {"compare": compare, "refuse": refuse, "hooks": hooks_left}[task]()
+    result = {"compare": compare, "refuse": lambda: refuse(output), "hooks": hooks_left}[task]()
     with open(f"{output}-{rank}.json", "w") as file:
         json.dump(result, file)
 

@@ -79,7 +79,14 @@ def test_what_cannot_be_shared_is_refused_in_every_process(tmp_path):
         assert "`fit_generator` trains in one process" in messages.pop("generator")
         assert "The 2 processes differ in the inputs, the labels" in messages.pop("other data")
         assert "differ in criticality_weight" in messages.pop("other arguments")
-        assert "reduction" in messages.pop("summed loss")
+        assert "it must be a mean over the samples" in messages.pop("summed loss")
+        assert "no class weights" in messages.pop("weighted loss")
+        assert "The 2 processes differ in" in messages.pop("another model")
+        assert "differ in the optimizer's state" in messages.pop("other momentum")
+        assert "differ in checkpoint: all" in messages.pop("checkpoint of one only")
+        assert "differ in the checkpoint: all" in messages.pop("folder of one only")
+        assert "bn2 has no running statistics" in messages.pop("norm without statistics")
+        assert messages.pop("a loss that is not finite in one").startswith("FloatingPointError")
         assert not messages
 
 

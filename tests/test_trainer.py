@@ -587,6 +587,7 @@ class TestNonFinite:
         with pytest.raises(FloatingPointError, match="not finite in epoch 0, batch 0"):
             make_trainer(classifier).fit(*data, batch_size=48, nb_epochs=1, **QUIET)
         assert not moved(normed, before)
+        assert not classifier.optimizer.state  # its momentum has overflowed too
 
     def test_a_large_but_finite_gradient_passes(self, chain, data):
         class Huge(nn.CrossEntropyLoss):
