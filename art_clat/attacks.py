@@ -17,13 +17,12 @@ from art.attacks import EvasionAttack
 from art.attacks.evasion import FastGradientMethod, ProjectedGradientDescent, ProjectedGradientDescentPyTorch
 
 from art_clat.distributed import Part
-from art_clat.guest import evaluation_mode
-from art_clat.layers import only_trainable
 from art_clat.network import Network
 
-#: Samples that an attack works on at once on a CPU: those whose activations stay in its caches. Attacks of ART's own
-#: have the same number as the default of their `batch_size`.
+#: The least number of samples that an attack works on at once on a CPU, and how many elements they may have before it
+#: takes no more. The activations of so many stay in the caches: 32 images of 3×32×32, or a whole batch of small ones.
 CHUNK = 32
+CHUNK_ELEMENTS = CHUNK * 3 * 32 * 32
 
 
 @dataclass(frozen=True)
@@ -221,7 +220,7 @@ class OutputAttack:
         :return: Adversarial examples, same shape as `x`.
         """
         ascent = self.ascent
-        with evaluation_mode(self.network.classifier._model), only_trainable(self.network.model, []):
+        with self.network.attacked():
             if ascent is None:
                 return self._generate(x, y)
 
@@ -246,16 +245,18 @@ class OutputAttack:
         return torch.as_tensor(np.asarray(arrays, np.float32), device=x.device)
 
 
-def in_chunks(function: Callable[..., torch.Tensor], *tensors: torch.Tensor, size: int = CHUNK) -> torch.Tensor:
+def in_chunks(function: Callable[..., torch.Tensor], *tensors: torch.Tensor, copies: int = 1) -> torch.Tensor:
     """
     Apply a function that treats samples one by one, on a CPU to as many at once as its caches hold.
 
     :param function: Takes the tensors, or the same chunk of each, and gives a tensor with as many rows.
-    :param tensors: First dimensions equal.
-    :param size: How many at once on a CPU.
+    :param tensors: First dimensions equal; the first one are inputs.
+    :param copies: How many inputs the function makes of each and passes through the network together.
     :return: What the function gives for all.
     """
-    if tensors[0].device.type != "cpu" or len(tensors[0]) <= size:
+    x = tensors[0]
+    size = max(CHUNK, CHUNK_ELEMENTS // max(1, x[:1].numel())) // copies
+    if x.device.type != "cpu" or len(x) <= size:
         return function(*tensors)
     return torch.cat([function(*chunk) for chunk in zip(*(t.split(size) for t in tensors), strict=True)])
 

@@ -13,7 +13,7 @@ import torch
 from art.attacks import EvasionAttack
 from art.estimators.classification import PyTorchClassifier
 
-from art_clat.attacks import CHUNK, OutputAttack, in_chunks
+from art_clat.attacks import OutputAttack, in_chunks
 from art_clat.distributed import Part
 from art_clat.features import Features
 from art_clat.guest import evaluation_mode, own_randomness
@@ -204,7 +204,7 @@ def measure(
                 y = network.logits(x).argmax(dim=1) if y is None else y.to(network.device)
             x_adv = attack(x, y, part)
             with torch.no_grad():
-                sums += in_chunks(distances, x, x_adv, size=CHUNK // 2).double().sum(dim=0)
+                sums += in_chunks(distances, x, x_adv, copies=2).double().sum(dim=0)
     *totals, input_sum, nb_samples = network.ranks.first(network.ranks.sum(sums)).tolist()
     if input_sum == 0:
         raise ValueError(

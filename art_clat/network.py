@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -14,8 +14,8 @@ from torch import nn
 
 from art_clat.distributed import Ranks
 from art_clat.guest import evaluation_mode
-from art_clat.layers import Layer, find_layers
-from art_clat.norms import BatchNorms
+from art_clat.layers import Layer, find_layers, only_trainable
+from art_clat.norms import BatchNorms, Factors
 
 
 class Network:
@@ -33,6 +33,8 @@ class Network:
         #: The processes that train it.
         self.ranks = Ranks()
         self._sharing = Ranks()  # those that share the batch of a forward pass
+        self._factors: Factors | None = None
+        self._has_norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.model.modules())
         #: Whether an input gradient flows through the preprocessing.
         self.is_differentiable = bool(classifier.all_framework_preprocessing)
         clip = classifier.clip_values
@@ -158,9 +160,19 @@ class Network:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._amp):
             if whole and self._compiled is not None:
                 return self._compiled(x).float()
-            with BatchNorms(self._sharing):
+            with BatchNorms(self._sharing, self._factors) if self._has_norms else nullcontext():
                 output = self._run(x)
         return output.float() if self._amp else output
+
+    @contextmanager
+    def attacked(self) -> Iterator[None]:
+        """Run the network as attacks do: in evaluation mode, and its weights frozen, so that no gradient is theirs."""
+        with evaluation_mode(self._wrapped), only_trainable(self.model, []):
+            self._factors = {}
+            try:
+                yield
+            finally:
+                self._factors = None
 
     @contextmanager
     def shared(self) -> Iterator[None]:

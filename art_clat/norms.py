@@ -11,6 +11,9 @@ from torch.overrides import TorchFunctionMode
 
 from art_clat.distributed import Ranks
 
+#: By running variance, weight, ε and number of dimensions: the constants a gradient is multiplied by.
+Factors = dict[tuple[torch.Tensor, "torch.Tensor | None", float, int], list[torch.Tensor]]
+
 
 class BatchNorms(TorchFunctionMode):
     """
@@ -22,11 +25,14 @@ class BatchNorms(TorchFunctionMode):
     its statistics over the whole batch, as one process would.
 
     :param ranks: The processes that share the batch of this forward pass; one alone for passes of their own.
+    :param factors: Where to keep the constants from one forward pass to the next, for as long as weights and statistics
+           stay as they are; `None` to compute them in every pass.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, factors: Factors | None = None) -> None:
         super().__init__()
         self.ranks = ranks
+        self.factors = factors
 
     def __torch_function__(
         self,
@@ -55,9 +61,23 @@ class BatchNorms(TorchFunctionMode):
             return self._over_all_ranks(x, running_mean, running_var, weight, bias, momentum, eps)
         frozen = not any(p is not None and p.requires_grad for p in (weight, bias))
         if not training and frozen and x.requires_grad and running_var is not None:
-            y: torch.Tensor = _FrozenBatchNorm.apply(x, running_mean, running_var, weight, bias, eps)
+            factors = self._factors(running_var, weight, eps, x.ndim)
+            y: torch.Tensor = _FrozenBatchNorm.apply(x, factors, running_mean, running_var, weight, bias, eps)
             return y
         return functional.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+
+    def _factors(
+        self, running_var: torch.Tensor, weight: torch.Tensor | None, eps: float, ndim: int
+    ) -> list[torch.Tensor]:
+        """Give what the gradient is multiplied by: in double precision, and one after the other, as torch on a CPU."""
+        key = (running_var, weight, eps, ndim)
+        if self.factors is not None and key in self.factors:
+            return self.factors[key]
+        scale = (1 / torch.sqrt(running_var.double() + eps)).to(running_var.dtype)
+        factors = [_channels(factor, ndim) for factor in (scale, weight) if factor is not None]
+        if self.factors is not None:
+            self.factors[key] = factors
+        return factors
 
     def _over_all_ranks(
         self,
@@ -91,15 +111,14 @@ class _FrozenBatchNorm(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
+        factors: list[torch.Tensor],
         running_mean: torch.Tensor,
         running_var: torch.Tensor,
         weight: torch.Tensor | None,
         bias: torch.Tensor | None,
         eps: float,
     ) -> torch.Tensor:
-        # In double precision, and one factor after the other: as torch does on a CPU.
-        scale = (1 / torch.sqrt(running_var.double() + eps)).to(running_var.dtype)
-        ctx.factors = [_channels(factor, x.ndim) for factor in (scale, weight) if factor is not None]
+        ctx.factors = factors
         return functional.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
 
     @staticmethod
@@ -108,7 +127,7 @@ class _FrozenBatchNorm(torch.autograd.Function):
         scaled = gradient * first
         for factor in others:
             scaled *= factor
-        return scaled, None, None, None, None, None
+        return scaled, None, None, None, None, None, None
 
 
 def _channels(values: torch.Tensor, ndim: int) -> torch.Tensor:

@@ -12,8 +12,7 @@ from torch import nn
 from art_clat.attacks import OutputAttack, in_chunks
 from art_clat.distributed import Part
 from art_clat.features import Features
-from art_clat.guest import evaluation_mode
-from art_clat.layers import Layer, only_trainable
+from art_clat.layers import Layer
 from art_clat.network import Network
 
 
@@ -146,7 +145,7 @@ class CleanCLAT(Objective):
                 self.network.logits(x)
             return ascent(distance, x, start)
 
-        with evaluation_mode(self.network.classifier._model), only_trainable(self.network.model, []):
+        with self.network.attacked():
             return in_chunks(climb, x, ascent.start(x, part or Part(len(x))))
 
     def loss(self, x: torch.Tensor, x_adv: torch.Tensor, y: torch.Tensor) -> BatchLoss:

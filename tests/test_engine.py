@@ -76,18 +76,26 @@ class TestSameResults:
             results.append((kept, distance.detach(), *torch.autograd.grad(distance.sum(), inputs)))
         assert all(map(torch.equal, *results))
 
-    def test_chunks_change_nothing(self, chain, data):
+    @pytest.mark.parametrize(
+        ("shape", "sizes"), [((3, 32, 32), [32, 32, 6]), ((3, 64, 64), [32, 32, 6]), ((1, 8, 8), [70])]
+    )
+    def test_chunks_are_as_large_as_the_caches_allow(self, shape, sizes):
+        seen = []
+        x = torch.rand(70, *shape)
+        assert torch.equal(in_chunks(lambda chunk: seen.append(len(chunk)) or 2 * chunk, x), 2 * x)
+        assert seen == sizes
+
+    def test_chunks_change_nothing(self, chain, data, monkeypatch):
         """Not with a random start either, nor when restarts are kept sample by sample."""
         classifier = make_classifier(chain)
         attack = make_attack(classifier, num_random_init=3, eps=0.3)
         ours = OutputAttack(attack, Network(classifier))
         x, y = (torch.tensor(a).repeat(2, *[1] * (a.ndim - 1)) for a in data)  # three chunks of 96
         results = []
-        for size in (CHUNK, 1000):
+        for elements in (0, 10**9):
             torch.manual_seed(5)
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(in_chunks, "__kwdefaults__", {"size": size})
-                results.append(ours(x, y))
+            monkeypatch.setattr("art_clat.attacks.CHUNK_ELEMENTS", elements)
+            results.append(ours(x, y))
         torch.testing.assert_close(*results, atol=1e-6, rtol=0)
 
     def test_a_part_starts_where_it_would_in_the_whole_batch(self):
@@ -139,7 +147,7 @@ class TestWhatIsSaved:
         for handle in handles:
             handle.remove()
         assert set(ran) == {"first", "second"}
-        assert ran.count("second") == 2 * (1 + 4)  # two chunks; clean features once, then four steps
+        assert ran.count("second") == 1 + 4  # clean features once, then four steps
 
     @pytest.mark.parametrize("objective", ["adversarial", "clean"])
     def test_no_graph_below_the_shallowest_chosen_layer(self, chain, data, objective):

@@ -1,8 +1,12 @@
+import numpy as np
 import pytest
 import torch
+from conftest import make_attack, make_classifier
 from torch import nn
 
+from art_clat.attacks import OutputAttack
 from art_clat.distributed import Ranks
+from art_clat.network import Network
 from art_clat.norms import BatchNorms
 
 
@@ -29,6 +33,21 @@ def test_frozen_norms_give_the_bits_that_torch_gives(affine, memory_format):
     with BatchNorms(Ranks()):
         y, gradient = output_and_gradient(norm, x, upstream)
     assert torch.equal(y, expected[0]) and torch.equal(gradient, expected[1])
+
+
+def test_constants_are_computed_once_an_attack_and_anew_for_the_next(normed, data):
+    """Also where an optimiser writes to ``.data``, which no version counter sees."""
+    network = Network(make_classifier(normed))
+    attack = OutputAttack(make_attack(network.classifier, max_iter=5), network)
+    x, y = map(torch.tensor, data)
+    with pytest.MonkeyPatch.context() as patch:
+        calls, sqrt = [], torch.sqrt
+        patch.setattr(torch, "sqrt", lambda *args: calls.append(1) or sqrt(*args))
+        attack(x, y)
+    assert len(calls) == 3  # one for each norm
+    normed.bn1.weight.data.mul_(-1)
+    normed.bn2.running_var.data.mul_(9)
+    np.testing.assert_array_equal(attack(x, y).numpy(), attack.attack.generate(*data))
 
 
 @pytest.mark.parametrize(
