@@ -74,15 +74,19 @@ def _seeded():
     np.random.seed(4321)
 
 
-@pytest.fixture
-def data():
+def make_data(n=48):
     """Inputs whose class shows in them, so that training can succeed."""
     rng = np.random.default_rng(0)
-    y = rng.integers(0, NB_CLASSES, 48)
-    x = rng.uniform(0, 0.5, (48, *INPUT_SHAPE)).astype(np.float32)
+    y = rng.integers(0, NB_CLASSES, n)
+    x = rng.uniform(0, 0.5, (n, *INPUT_SHAPE)).astype(np.float32)
     for image, label in zip(x, y, strict=True):
         image[label % 2, 3 * (label // 2) : 3 * (label // 2) + 3] += 0.4
     return x, y
+
+
+@pytest.fixture
+def data():
+    return make_data()
 
 
 @pytest.fixture

@@ -5,10 +5,9 @@ import json
 import os
 import sys
 
-import numpy as np
 import torch
 from art.data_generators import NumpyDataGenerator
-from conftest import INPUT_SHAPE, NB_CLASSES, Chain, Normed, make_attack, make_classifier
+from conftest import NB_CLASSES, Chain, Normed, make_attack, make_classifier, make_data
 from torch import nn
 from torchvision.transforms import v2
 
@@ -27,15 +26,6 @@ CONFIGURATIONS = {
 }
 
 
-def make_data():
-    rng = np.random.default_rng(0)
-    y = rng.integers(0, NB_CLASSES, 50)
-    x = rng.uniform(0, 0.5, (50, *INPUT_SHAPE)).astype(np.float32)
-    for image, label in zip(x, y, strict=True):
-        image[label % 2, 3 * (label // 2) : 3 * (label // 2) + 3] += 0.4
-    return x, y
-
-
 def make_trainer(*, numpy=False, dropout=0.0, **kwargs):
     torch.manual_seed(int(os.environ.get("RANK", 0)))  # each process its own weights: the first one's count
     model = Normed()
@@ -49,8 +39,8 @@ def make_trainer(*, numpy=False, dropout=0.0, **kwargs):
 
 
 def fit(trainer, data=None, **kwargs):
-    settings = {"batch_size": 16, "nb_epochs": 5, "validation_data": make_data(), "verbose": False, **kwargs}
-    trainer.fit(*(data or make_data()), **settings)
+    settings = {"batch_size": 16, "nb_epochs": 5, "validation_data": make_data(50), "verbose": False, **kwargs}
+    trainer.fit(*(data or make_data(50)), **settings)
 
 
 def outcome(trainer):
@@ -82,7 +72,7 @@ def refuse(output):
     folder = f"{output}-folder-{rank}"
     if rank == 0:  # a run that the other process does not see
         fit(lone_trainer(), checkpoint=f"{folder}/y", nb_epochs=2)
-    x, y = make_data()
+    x, y = make_data(50)
     trainer = make_trainer()
     messages = {}
     for name, attempt in {

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from art.attacks.evasion import FastGradientMethod
-from conftest import INPUT_SHAPE, NB_CLASSES, Chain, Normed, make_attack, make_classifier
+from conftest import Chain, Normed, make_attack, make_classifier, make_data
 from safetensors.torch import load_file
 from torch import nn
 from torchvision.transforms import v2
@@ -22,11 +22,6 @@ from art_clat.checkpoint import read, write
 
 QUIET = {"verbose": False}
 NB_KILLS = 20
-
-
-def make_data(n=48):
-    rng = np.random.default_rng(0)
-    return rng.uniform(0, 1, (n, *INPUT_SHAPE)).astype(np.float32), rng.integers(0, NB_CLASSES, n)
 
 
 class OtherDropout(Normed):
