@@ -142,21 +142,12 @@ class Ranks:
             "model, optimizer, checkpoint and data, all of the training set; each takes its share by itself."
         )
 
-    def share_model(self, model: nn.Module) -> None:
-        """
-        Give every process the first one's weights and buffers.
-
-        :param model: The network.
-        """
-        with torch.no_grad():
-            for tensor in [*model.parameters(), *model.buffers()]:
-                self.first(tensor.detach())
-
     def wrap(self, module: nn.Module) -> nn.Module:
         """
-        Have a module's gradients averaged over the processes.
+        Have a module's gradients averaged over the processes, and give all of them the first one's weights and buffers.
 
-        :param module: It has at least one trainable parameter. Buffers are left alone: ``BatchNorms`` keeps them equal.
+        :param module: It has at least one trainable parameter. Buffers are left alone after that: ``BatchNorms`` keeps
+               them equal.
         :return: The module itself for one process, otherwise in a ``DistributedDataParallel``.
         """
         if self.size == 1:

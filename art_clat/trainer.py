@@ -331,7 +331,6 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         self._check_optimizer(None if self.warmup else eligible)
         self.history = history = progress.history
         with self._as_guest(progress.seed) as freeze, self._accelerated():
-            ranks.share_model(network.model)
             keeper.save(progress)  # a scheduler, say, that cannot be saved is refused before any work is done
             stage = self._begin(None if progress.chosen is None else _named(layers, progress.chosen), freeze)
             with tqdm(
