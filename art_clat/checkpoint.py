@@ -134,7 +134,7 @@ class Checkpoint:
             record = History.from_json(json.dumps(content["progress"]["history"]))
             progress = Progress(**{**content["progress"], "history": record})
             names = {name for name in tensors if not name.startswith("optimizer:")}
-            if names != set(weights(self._model)):
+            if names != named_tensors(self._model).keys():
                 raise KeyError("weights")
         except (KeyError, TypeError, AttributeError) as error:  # it has its checksum, but this package never wrote it
             raise ValueError(f"`checkpoint`: {self.last} does not hold a run: {error!r}.") from error
@@ -185,7 +185,7 @@ class Checkpoint:
         tensors, content = read(self.best)
         try:
             self._check_description(content["description"])
-            if tensors.keys() != weights(self._model).keys():
+            if tensors.keys() != named_tensors(self._model).keys():
                 raise KeyError("weights")
             return Best(content["epoch"], content["robust_accuracy"], tensors)
         except (KeyError, TypeError, AttributeError) as error:
@@ -288,15 +288,27 @@ class Keeper:
             load_weights(self._model, self._best.weights)
 
 
+def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """
+    Give a network's parameters and buffers, each once where it has several names.
+
+    :param model: The network.
+    :return: By name.
+    """
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """
-    Copy a network's parameters and buffers, each once where it has several names.
+    Copy a network's parameters and buffers.
 
     :param model: The network.
     :return: By name, on the CPU.
     """
-    named = [*model.named_parameters(), *model.named_buffers()]
-    return {name: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for name, t in named}
+    return {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in named_tensors(model).items()
+    }
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -307,7 +319,7 @@ def load_weights(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     :param tensors: The copies, and possibly more.
     """
     with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        for name, tensor in named_tensors(model).items():
             tensor.copy_(tensors[name])
 
 
@@ -320,8 +332,7 @@ def fingerprint(*tensors: torch.Tensor) -> str:
     """
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(np.ascontiguousarray(tensor.detach().numpy()).data)
+        _hash(digest, tensor)
     return digest.hexdigest()[:16]
 
 
@@ -397,10 +408,14 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 def _digest(tensors: Mapping[str, torch.Tensor], text: str, version: int) -> str:
     digest = hashlib.sha256(f"{version}{text}".encode())
     for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(name.encode())
+        _hash(digest, tensors[name])
     return digest.hexdigest()
+
+
+def _hash(digest: hashlib._Hash, tensor: torch.Tensor) -> None:
+    digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _flush(path: Path) -> None:
@@ -468,8 +483,8 @@ def describe(
     :param attacks: The attacks.
     :return: Names, and values that JSON can hold.
     """
-    tensors = [*classifier.model.named_parameters(), *classifier.model.named_buffers()]
-    facts: dict[str, object] = {name: f"{tensor.dtype}, {tuple(tensor.shape)}" for name, tensor in tensors}
+    tensors = named_tensors(classifier.model)
+    facts: dict[str, object] = {name: f"{tensor.dtype}, {tuple(tensor.shape)}" for name, tensor in tensors.items()}
     facts["the architecture"] = hashlib.sha256(text_of(classifier.model).encode()).hexdigest()[:16]
     facts["the frozen parameters"] = [n for n, p in classifier.model.named_parameters() if not p.requires_grad]
     facts["the loss"] = _settings(classifier.loss, vars(classifier.loss)) | {

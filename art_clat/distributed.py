@@ -134,9 +134,8 @@ class Ranks:
         texts: list[str] = [""] * self.size
         dist.all_gather_object(texts, text, group=self.group)
         first, *others = map(json.loads, texts)
-        names = [
-            n for n in {**first, **{n: 0 for o in others for n in o}} if any(o.get(n) != first.get(n) for o in others)
-        ]
+        all_names = dict.fromkeys(name for one in (first, *others) for name in one)
+        names = [name for name in all_names if any(other.get(name) != first.get(name) for other in others)]
         raise ValueError(
             f"The {self.size} processes differ in {', '.join(names[:5])}: all must call `fit` with the same arguments, "
             "model, optimizer, checkpoint and data, all of the training set; each takes its share by itself."

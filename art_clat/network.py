@@ -196,7 +196,7 @@ class Network:
 
     def _standardise(self, x: torch.Tensor, *, fit: bool) -> torch.Tensor:
         """Do what ART's standardisation does, with its constants on the device; never in place."""
-        x = x.clone()  # a network may begin with an in-place operation
+        standard = x
         for operation in self.classifier.preprocessing_operations:
             applied = operation.apply_fit if fit else operation.apply_predict
             if not applied or (np.all(operation.mean == 0) and np.all(operation.std == 1)):
@@ -208,8 +208,8 @@ class Network:
                     torch.as_tensor(np.asarray(c, np.float32), device=x.device) for c in constants
                 ]
             mean, std = self._standardisations[key]
-            x = (x - mean) / std
-        return x
+            standard = (standard - mean) / std
+        return x.clone() if standard is x else standard  # a network may begin with an in-place operation
 
     def _preprocess(self, x: torch.Tensor, y: torch.Tensor | None, *, fit: bool) -> tuple[torch.Tensor, torch.Tensor]:
         if self._only_standardises():
