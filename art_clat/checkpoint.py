@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from art_clat.history import EpochRecord, History
+
+if TYPE_CHECKING:
+    from art_clat.average import Average
 
 #: Version of the files' format; a file of a larger one is refused.
 FORMAT = 1
@@ -85,6 +88,7 @@ class Checkpoint:
     :param optimizer: Its optimiser.
     :param scheduler: The scheduler, or `None`.
     :param description: What must be the same for a run to be continued: names, and values that JSON can hold.
+    :param average: The average of the weights, or `None`.
     """
 
     def __init__(
@@ -94,7 +98,9 @@ class Checkpoint:
         optimizer: torch.optim.Optimizer,
         scheduler: torch.optim.lr_scheduler.LRScheduler | None,
         description: Mapping[str, object],
+        average: Average | None = None,
     ) -> None:
+        self._average = average
         self.last, self.best = Path(folder) / "last.safetensors", Path(folder) / "best.safetensors"
         self._model = model
         self._optimizer = optimizer
@@ -133,12 +139,16 @@ class Checkpoint:
             optimizer, scheduler = (_unpacked(content[name], tensors) for name in ("optimizer", "scheduler"))
             record = History.from_json(json.dumps(content["progress"]["history"]))
             progress = Progress(**{**content["progress"], "history": record})
-            names = {name for name in tensors if not name.startswith("optimizer:")}
-            if names != named_tensors(self._model).keys():
+            averages = {n.removeprefix("average:"): t for n, t in tensors.items() if n.startswith("average:")}
+            names = {name for name in tensors if not name.startswith(("optimizer:", "average:"))}
+            expected = named_tensors(self._model).keys()
+            if names != expected or (self._average is not None and averages.keys() != expected):
                 raise KeyError("weights")
         except (KeyError, TypeError, AttributeError) as error:  # it has its checksum, but this package never wrote it
             raise ValueError(f"`checkpoint`: {self.last} does not hold a run: {error!r}.") from error
         load_weights(self._model, tensors)
+        if self._average is not None:
+            self._average.load(averages)
         self._optimizer.load_state_dict(cast(dict[str, Any], optimizer))
         if self._scheduler is not None:
             self._scheduler.load_state_dict(cast(dict[str, Any], scheduler))
@@ -153,6 +163,8 @@ class Checkpoint:
         :raises TypeError: If the optimiser's or the scheduler's state holds what cannot be saved without pickle.
         """
         tensors = weights(self._model)
+        if self._average is not None:
+            tensors |= {f"average:{name}": tensor for name, tensor in self._average.state().items()}
         content = {
             "description": self._description,
             "optimizer": _packed(self._optimizer.state_dict(), tensors, "optimizer:optimizer"),

@@ -34,6 +34,10 @@ class LayerCriticality:
     :param weakness: ε-weakness ``W_ε(F_i)``, eq. 2.
     :param criticality: Criticality index ``C_i = W_ε(F_i) / W_ε(F_{i−1})``, eq. 3; NaN where the layer before has
            weakness zero.
+    :param relative_error: ``R_i = E[‖F_i(x+δ) − F_i(x)‖_2 / ‖F_i(x)‖_2]``, the relative error of LSA (arXiv
+           2202.02626). Neither the number nor the scale of a layer's outputs changes it.
+    :param relative_criticality: ``R_i / R_{i−1}``, the index free of scale: how much a layer amplifies a relative
+           perturbation; NaN where the layer before has none.
     :param nb_parameters: Number of the layer's scalar parameters, those of its norm included.
     :param shape: Shape of one sample's feature.
     :param is_head: Whether the layer gives the class scores.
@@ -45,6 +49,8 @@ class LayerCriticality:
     nb_parameters: int
     shape: tuple[int, ...]
     is_head: bool
+    relative_error: float = math.nan
+    relative_criticality: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -72,10 +78,10 @@ class Criticality(Sequence[LayerCriticality]):
 
     def __str__(self) -> str:
         width = max(len("layer"), *(len(layer.name) for layer in self.layers))
-        lines = [f"{'':>4} {'layer':<{width}} {'weakness':>11} {'criticality':>12} {'parameters':>12}"]
+        lines = [f"{'':>4} {'layer':<{width}} {'weakness':>11} {'criticality':>12} {'relative':>9} {'parameters':>12}"]
         lines += [
             f"{number:>4} {layer.name:<{width}} {layer.weakness:>11.4g} {layer.criticality:>12.4g} "
-            f"{layer.nb_parameters:>12,}{'  (head)' if layer.is_head else ''}"
+            f"{layer.relative_criticality:>9.4g} {layer.nb_parameters:>12,}{'  (head)' if layer.is_head else ''}"
             for number, layer in enumerate(self.layers, start=1)
         ]
         return "\n".join(lines)
@@ -179,9 +185,9 @@ def measure(
     :return: One entry a layer; on several processes the same in all, over the batches of all.
     :raises ValueError: If the attack moved no input.
     """
-    features = Features(layers)
-    # Of every layer, of the input, and the number of samples.
-    sums = torch.zeros(len(layers) + 2, dtype=torch.float64, device=network.device)
+    features = Features(layers, lengths=True)
+    # Of every layer, and of the input, absolute and relative, and the number of samples.
+    sums = torch.zeros(2 * len(layers) + 3, dtype=torch.float64, device=network.device)
 
     def distances(x: torch.Tensor, x_adv: torch.Tensor) -> torch.Tensor:
         with features.compare_halves(stop=True):
@@ -189,7 +195,9 @@ def measure(
         return torch.stack(
             [
                 *(features.distance(layer, len(x)) for layer in layers),
-                (x_adv - x).flatten(1).norm(dim=1),
+                *(features.relative_distance(layer, len(x)) for layer in layers),
+                moved := (x_adv - x).flatten(1).norm(dim=1),
+                moved / x.flatten(1).norm(dim=1).clamp(min=torch.finfo(x.dtype).tiny),
                 torch.ones(len(x), device=x.device),
             ],
             dim=1,
@@ -205,25 +213,29 @@ def measure(
             x_adv = attack(x, y, part)
             with torch.no_grad():
                 sums += in_chunks(distances, x, x_adv, copies=2).double().sum(dim=0)
-    *totals, input_sum, nb_samples = network.ranks.first(network.ranks.sum(sums)).tolist()
+    *totals, input_sum, relative_sum, nb_samples = network.ranks.first(network.ranks.sum(sums)).tolist()
     if input_sum == 0:
         raise ValueError(
             "The attack moved no input, so that every weakness is zero: it failed on every sample, or its `eps` or "
             "`max_iter` is zero."
         )
     input_weakness = input_sum / nb_samples / math.prod(network.classifier.input_shape)
-    weakness = [total / nb_samples / layer.size for total, layer in zip(totals, layers, strict=True)]
+    weakness = [total / nb_samples / layer.size for total, layer in zip(totals[: len(layers)], layers, strict=True)]
+    relative = [total / nb_samples for total in totals[len(layers) :]]
+    previous = zip([input_weakness, *weakness], [relative_sum / nb_samples, *relative], strict=True)
     return Criticality(
         layers=tuple(
             LayerCriticality(
                 name=layer.name,
                 weakness=this,
                 criticality=this / before if before > 0 else math.nan,
+                relative_error=error,
+                relative_criticality=error / error_before if error_before > 0 else math.nan,
                 nb_parameters=layer.nb_parameters,
                 shape=layer.shape,
                 is_head=layer.is_head,
             )
-            for layer, this, before in zip(layers, weakness, [input_weakness, *weakness], strict=False)
+            for layer, this, error, (before, error_before) in zip(layers, weakness, relative, previous, strict=False)
         ),
         input_weakness=input_weakness,
         nb_samples=int(nb_samples),

@@ -59,10 +59,13 @@ class Features:
     The features of a batch at some layers, and how far another forward pass is from them.
 
     :param layers: The layers.
+    :param lengths: Whether the length of the features themselves is wanted too, see :meth:`relative_distance`.
     """
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
+    def __init__(self, layers: Sequence[Layer], *, lengths: bool = False) -> None:
         self.layers = list(layers)
+        self._wants_lengths = lengths
+        self._clean_lengths: dict[Layer, list[torch.Tensor]] = {}
         self._kept: dict[Layer, list[torch.Tensor]] = {}
         self._distances: dict[Layer, list[torch.Tensor]] = {}
 
@@ -88,11 +91,10 @@ class Features:
 
         :param stop: End the forward pass after the last layer.
         """
-        self._distances = {layer: [] for layer in self.layers}
+        self._begin()
 
         def compare(layer: Layer, feature: torch.Tensor) -> None:
-            seen = self._distances[layer]
-            seen.append(_lengths(feature.float() - self._kept[layer][len(seen)].float()))
+            self._compare(layer, self._kept[layer][len(self._distances[layer])].float(), feature.float())
 
         with tap(self.layers, compare, stop=stop):
             yield
@@ -104,11 +106,10 @@ class Features:
 
         :param stop: End the forward pass after the last layer.
         """
-        self._distances = {layer: [] for layer in self.layers}
+        self._begin()
 
         def compare(layer: Layer, feature: torch.Tensor) -> None:
-            one, other = feature.float().chunk(2)
-            self._distances[layer].append(_lengths(other - one))
+            self._compare(layer, *feature.float().chunk(2))
 
         with tap(self.layers, compare, stop=stop):
             yield
@@ -125,8 +126,19 @@ class Features:
         :param batch_size: Number of samples; a feature may have a multiple of it as its first dimension (windows).
         :return: Shape (`batch_size`,), float32.
         """
-        parts = torch.cat([part.reshape(batch_size, -1) for part in self._distances[layer]], dim=1)
-        return parts[:, 0] if parts.shape[1] == 1 else torch.linalg.vector_norm(parts, dim=1)
+        return _joined(self._distances[layer], batch_size)
+
+    def relative_distance(self, layer: Layer, batch_size: int) -> torch.Tensor:
+        """
+        Give ``‖F_i(x+δ) − F_i(x)‖_2 / ‖F_i(x)‖_2`` of every sample; 0 where the feature itself is 0.
+
+        :param layer: One of the layers.
+        :param batch_size: Number of samples.
+        :return: Shape (`batch_size`,), float32.
+        """
+        length = _joined(self._clean_lengths[layer], batch_size)
+        zero = length == 0
+        return (self.distance(layer, batch_size) / length.masked_fill(zero, 1)).masked_fill(zero, 0)
 
     def total_distance(self, batch_size: int) -> torch.Tensor:
         """
@@ -136,6 +148,30 @@ class Features:
         :return: Shape (`batch_size`,), float32.
         """
         return torch.stack([self.distance(layer, batch_size) for layer in self.layers]).sum(dim=0)
+
+    def total_relative_distance(self, batch_size: int) -> torch.Tensor:
+        """
+        Give the summed relative distance of all layers.
+
+        :param batch_size: Number of samples.
+        :return: Shape (`batch_size`,), float32.
+        """
+        return torch.stack([self.relative_distance(layer, batch_size) for layer in self.layers]).sum(dim=0)
+
+    def _begin(self) -> None:
+        self._distances = {layer: [] for layer in self.layers}
+        self._clean_lengths = {layer: [] for layer in self.layers}
+
+    def _compare(self, layer: Layer, clean: torch.Tensor, perturbed: torch.Tensor) -> None:
+        self._distances[layer].append(_lengths(perturbed - clean))
+        if self._wants_lengths:
+            self._clean_lengths[layer].append(_lengths(clean))
+
+
+def _joined(lengths: Sequence[torch.Tensor], batch_size: int) -> torch.Tensor:
+    """Give one length a sample where a layer ran several times, or has several rows a sample."""
+    parts = torch.cat([part.reshape(batch_size, -1) for part in lengths], dim=1)
+    return parts[:, 0] if parts.shape[1] == 1 else torch.linalg.vector_norm(parts, dim=1)
 
 
 def _lengths(x: torch.Tensor) -> torch.Tensor:

@@ -210,6 +210,7 @@ class History:
         return ax
 
 
+_MEASURES = ("weakness", "criticality", "relative_error", "relative_criticality")
 _LOSSES = ("loss", "cross_entropy", "criticality_loss", "learning_rate", "seconds")
 
 
@@ -220,8 +221,7 @@ def _numbers(entry: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 def _criticality(entry: dict[str, Any]) -> Criticality:
     layers = (
-        LayerCriticality(**{**_numbers(layer, ("weakness", "criticality")), "shape": tuple(layer["shape"])})
-        for layer in entry["layers"]
+        LayerCriticality(**{**_numbers(layer, _MEASURES), "shape": tuple(layer["shape"])}) for layer in entry["layers"]
     )
     return Criticality(**{**entry, "layers": tuple(layers)})
 

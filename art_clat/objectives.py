@@ -1,10 +1,11 @@
-"""What a batch minimises: plain adversarial training, and the two readings of the CLAT objective (eq. 5 and 6)."""
+"""What a batch minimises: the readings of the CLAT objective (eq. 5 and 6), adversarial training, and its rivals."""
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -23,7 +24,8 @@ class BatchLoss:
 
     :param loss: What is minimised, with its graph.
     :param cross_entropy: The classifier's own loss, detached.
-    :param criticality_loss: The batch mean of the summed feature distance, detached, before its weight.
+    :param criticality_loss: What is added to it, detached, before its weight: the batch mean of the summed feature
+           distance, or of the rival's own term.
     :param logits: Detached, shape (batch, nb_classes).
     """
 
@@ -38,6 +40,8 @@ class Objective(abc.ABC):
 
     #: Whether the logits of :meth:`loss` are those of the perturbed batch.
     logits_are_adversarial = True
+    #: Whether :meth:`perturb` climbs another slope than the attack's own, and so needs to know its ball and steps.
+    needs_ascent = False
 
     def perturb(self, attack: OutputAttack, x: torch.Tensor, y: torch.Tensor, part: Part | None = None) -> torch.Tensor:
         """
@@ -68,13 +72,15 @@ class AdversarialTraining(Objective):
     Plain adversarial training: cross-entropy on the adversarial examples (Madry et al., arXiv 1706.06083).
 
     :param network: The network.
+    :param layers: The layers that are trained, or `None` for the whole network.
     """
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, layers: Sequence[Layer] | None = None) -> None:
         self.network = network
+        self.fit = layers is None  # the preprocessing of training, or that of prediction
 
     def loss(self, x: torch.Tensor, x_adv: torch.Tensor, y: torch.Tensor) -> BatchLoss:
-        loss, logits = self.network.loss(x_adv, y, fit=True)
+        loss, logits = self.network.loss(x_adv, y, fit=self.fit)
         return BatchLoss(loss, loss.detach(), torch.zeros_like(loss), logits.detach())
 
 
@@ -91,12 +97,15 @@ class AdversarialCLAT(Objective):
     :param network: The network.
     :param layers: The critical layers S.
     :param weight: λ, at least 0.
+    :param relative: Divide every distance by the length of the clean feature, ``‖F_i(x)‖_2``, as LSA's layer-wise
+           penalty does (arXiv 2202.02626); the scale of the layer's weights cancels then, in the gradient too.
     """
 
-    def __init__(self, network: Network, layers: Sequence[Layer], weight: float) -> None:
+    def __init__(self, network: Network, layers: Sequence[Layer], weight: float, *, relative: bool = False) -> None:
         self.network = network
-        self.features = Features(layers)
+        self.features = Features(layers, lengths=relative)
         self.weight = weight
+        self.relative = relative
 
     def loss(self, x: torch.Tensor, x_adv: torch.Tensor, y: torch.Tensor) -> BatchLoss:
         with self.features.keep(stop=True):
@@ -104,7 +113,8 @@ class AdversarialCLAT(Objective):
         with self.features.compare():
             cross_entropy, logits = self.network.loss(x_adv, y)
         self.features.release()
-        return _weighted(cross_entropy, self.features.total_distance(len(x)), self.weight, logits)
+        total = self.features.total_relative_distance if self.relative else self.features.total_distance
+        return _weighted(cross_entropy, total(len(x)), self.weight, logits)
 
 
 class CleanCLAT(Objective):
@@ -123,6 +133,7 @@ class CleanCLAT(Objective):
     """
 
     logits_are_adversarial = False
+    needs_ascent = True
 
     def __init__(self, network: Network, layers: Sequence[Layer], weight: float, *, single_step: bool = False) -> None:
         self.network = network
@@ -157,10 +168,169 @@ class CleanCLAT(Objective):
         return _weighted(cross_entropy, self.features.total_distance(len(x)), self.weight, logits)
 
 
-def _weighted(cross_entropy: torch.Tensor, distance: torch.Tensor, weight: float, logits: torch.Tensor) -> BatchLoss:
-    criticality_loss = distance.mean()
-    loss = cross_entropy + weight * criticality_loss
-    return BatchLoss(loss, cross_entropy.detach(), criticality_loss.detach(), logits.detach())
+class TRADES(Objective):
+    """
+    TRADES (Zhang et al., arXiv 1901.08573): clean cross-entropy, and the divergence of the perturbed outputs,
+
+        L(F(x), y) + β · max_δ KL(p(x) ‖ p(x+δ)).
+
+    :param network: The network; its preprocessing must be differentiable.
+    :param layers: The layers that are trained, or `None` for the whole network.
+    :param weight: β, at least 0.
+    """
+
+    logits_are_adversarial = False
+    needs_ascent = True
+
+    #: Standard deviation of the noise that the inner attack starts from, as its authors' code has it: the divergence
+    #: and its gradient are zero at δ = 0.
+    START = 0.001
+
+    def __init__(self, network: Network, layers: Sequence[Layer] | None = None, weight: float = 6.0) -> None:
+        self.network = network
+        self.fit = layers is None
+        self.weight = weight
+
+    def perturb(self, attack: OutputAttack, x: torch.Tensor, y: torch.Tensor, part: Part | None = None) -> torch.Tensor:
+        full = attack.ascent
+        assert full is not None, "the trainer has checked this"
+        ascent, part = replace(full, random_start=False, decay=None), part or Part(len(x))
+        noise = torch.randn((part.total, *x.shape[1:]), device=x.device, dtype=x.dtype)[part.mine]
+
+        def climb(x: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                clean = self.network.logits(x)
+            return ascent(lambda z: _divergence(clean, self.network.logits(z)), x, start)
+
+        with self.network.attacked():
+            return in_chunks(climb, x, ascent.ball.clip(x + self.START * noise))
+
+    def loss(self, x: torch.Tensor, x_adv: torch.Tensor, y: torch.Tensor) -> BatchLoss:
+        cross_entropy, clean = self.network.loss(x, y, fit=self.fit)
+        _, perturbed = self.network.loss(x_adv, y, fit=self.fit)
+        return _weighted(cross_entropy, _divergence(clean, perturbed), self.weight, clean)
+
+
+class MART(Objective):
+    """
+    MART (Wang et al., ICLR 2020): boosted cross-entropy on the adversarial examples, and the divergence from the clean
+    outputs, which counts as much as the clean sample is misclassified,
+
+        −log p_y(x') − log(1 − max_{k≠y} p_k(x')) + λ · KL(p(x) ‖ p(x')) · (1 − p_y(x)).
+
+    The classifier's own loss is not used; labels that are probabilities count as their largest.
+
+    :param network: The network.
+    :param layers: The layers that are trained, or `None` for the whole network.
+    :param weight: λ, at least 0.
+    """
+
+    def __init__(self, network: Network, layers: Sequence[Layer] | None = None, weight: float = 5.0) -> None:
+        self.network = network
+        self.fit = layers is None
+        self.weight = weight
+
+    def loss(self, x: torch.Tensor, x_adv: torch.Tensor, y: torch.Tensor) -> BatchLoss:
+        _, clean = self.network.loss(x, y, fit=self.fit)
+        _, perturbed = self.network.loss(x_adv, y, fit=self.fit)
+        labels = self.network.one_hot(y).argmax(dim=1)
+        log_p = perturbed.log_softmax(dim=1)
+        others = torch.ones_like(log_p, dtype=torch.bool).scatter(1, labels[:, None], False)
+        runner_up = log_p.masked_fill(~others, -torch.inf).amax(dim=1)
+        boosted = -log_p.gather(1, labels[:, None])[:, 0] - torch.log1p(-runner_up.exp().clamp(max=1 - 1e-6))
+        wrong = 1 - clean.softmax(dim=1).gather(1, labels[:, None])[:, 0]
+        return _weighted(boosted.mean(), _divergence(clean, perturbed) * wrong, self.weight, perturbed)
+
+
+def _divergence(clean: torch.Tensor, perturbed: torch.Tensor) -> torch.Tensor:
+    """Give ``KL(p(x) ‖ p(x+δ))`` of every sample, from logits."""
+    log_clean, log_perturbed = clean.log_softmax(dim=1), perturbed.log_softmax(dim=1)
+    return (log_clean.exp() * (log_clean - log_perturbed)).sum(dim=1)
+
+
+def _weighted(cross_entropy: torch.Tensor, term: torch.Tensor, weight: float, logits: torch.Tensor) -> BatchLoss:
+    mean = term.mean()
+    return BatchLoss(cross_entropy + weight * mean, cross_entropy.detach(), mean.detach(), logits.detach())
+
+
+#: What an objective is made of by name: the network, the layers, and the weight of its second term.
+_Maker = Callable[[Network, Sequence[Layer], float], Objective]
+
+_OBJECTIVES: dict[str, tuple[_Maker, float]] = {}
+
+
+def register_objective(name: str, *, weight: float) -> Callable[[_Maker], _Maker]:
+    """
+    Make an objective of the second stage known by a name, for the trainer's ``objective=``.
+
+    Example::
+
+        @register_objective("squared", weight=0.01)
+        class Squared(AdversarialCLAT):
+            def loss(self, x, x_adv, y): ...
+
+    :param name: The name.
+    :param weight: The weight of its second term where the trainer's ``criticality_weight`` is `None`.
+    :return: A decorator that gives what it is given back: a class, or a function, of the network, the layers and the
+             weight.
+    :raises ValueError: If the name is taken.
+    """
+
+    def register(maker: _Maker) -> _Maker:
+        if name in _OBJECTIVES:
+            raise ValueError(f"There is an objective {name!r} already; choose another name.")
+        _OBJECTIVES[name] = (maker, weight)
+        return maker
+
+    return register
+
+
+def objectives() -> tuple[str, ...]:
+    """
+    Give the names of the objectives of the second stage.
+
+    :return: In the order they were registered in.
+    """
+    return tuple(_OBJECTIVES)
+
+
+def default_weight(objective: str) -> float:
+    """
+    Give the weight that an objective's second term has unless the user says otherwise.
+
+    :param objective: Its name.
+    :return: The weight.
+    """
+    return _OBJECTIVES[objective][1]
+
+
+def make_objective(name: str, network: Network, layers: Sequence[Layer], weight: float) -> Objective:
+    """
+    Make an objective of the second stage.
+
+    :param name: Its name.
+    :param network: The network.
+    :param layers: The layers that are trained.
+    :param weight: The weight of its second term.
+    :return: The objective.
+    """
+    return _OBJECTIVES[name][0](network, layers, weight)
+
+
+register_objective("adversarial", weight=0.05)(AdversarialCLAT)
+register_objective("clean", weight=0.05)(CleanCLAT)
+register_objective("clean_single_step", weight=0.05)(partial(CleanCLAT, single_step=True))
+register_objective("relative", weight=1.0)(partial(AdversarialCLAT, relative=True))
+register_objective("pgd_at", weight=0.0)(lambda network, layers, weight: AdversarialTraining(network, layers))
+register_objective("trades", weight=6.0)(TRADES)
+register_objective("mart", weight=5.0)(MART)
+
+#: The objectives of the first stage, which trains the whole network.
+FIRST_STAGES: dict[str, Callable[[Network], Objective]] = {
+    "pgd_at": AdversarialTraining,
+    "trades": TRADES,
+    "mart": MART,
+}
 
 
 class AsModule(nn.Module):

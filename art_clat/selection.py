@@ -1,12 +1,218 @@
-"""Which layers to fine-tune, given their criticality."""
+"""Which layers to fine-tune: rules that score layers, criticality and its rivals, within a budget."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 
-from art_clat.criticality import Criticality
-from art_clat.layers import Layer
+import numpy as np
+import torch
+
+from art_clat.attacks import OutputAttack
+from art_clat.batches import Batch
+from art_clat.criticality import Criticality, measure
+from art_clat.guest import evaluation_mode
+from art_clat.layers import Layer, only_trainable
+from art_clat.network import Network
+from art_clat.validation import check_share, check_whole
+
+
+@dataclass(frozen=True)
+class Budget:
+    """
+    How many layers are chosen: a share of them, a number, or as many as a share of the parameters pays for.
+
+    Exactly one of the three is given. At least one layer is chosen in any case but the last: where not even the
+    smallest layer fits, :meth:`fits_any` says so.
+
+    :param share: Share of all layers, in (0, 1], rounded.
+    :param count: Number of layers, at least 1.
+    :param parameter_share: Share of the network's scalar parameters, in (0, 1]: layers are taken from the best
+           downwards, those passed over that would exceed it.
+    :raises ValueError: If none or several are given, or one is out of its range.
+    """
+
+    share: float | None = None
+    count: int | None = None
+    parameter_share: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if len(given) != 1:
+            raise ValueError(f"`Budget` takes one of share, count and parameter_share, got {given or 'none'}.")
+        for name, value in given.items():
+            if name == "count":
+                check_whole(value, 1, argument=name)
+            else:
+                check_share(value, argument=name)
+
+    def take(self, ranked: Sequence[Layer], layers: Sequence[Layer], nb_parameters: int) -> list[Layer]:
+        """
+        Take the best layers.
+
+        :param ranked: The layers to take from, best first.
+        :param layers: All layers.
+        :param nb_parameters: The network's scalar parameters.
+        :return: Those taken, best first.
+        """
+        if self.parameter_share is None:
+            return list(ranked[: self.count or max(1, round((self.share or 0) * len(layers)))])
+        taken: list[Layer] = []
+        left = self.parameter_share * nb_parameters
+        for layer in ranked:
+            if layer.nb_parameters <= left:
+                taken.append(layer)
+                left -= layer.nb_parameters
+        return taken
+
+    def fits_any(self, eligible: Sequence[Layer], nb_parameters: int) -> bool:
+        """
+        Tell whether at least one layer fits.
+
+        :param eligible: The layers that may be chosen.
+        :param nb_parameters: The network's scalar parameters.
+        :return: Whether one does.
+        """
+        share = self.parameter_share
+        return share is None or min(layer.nb_parameters for layer in eligible) <= share * nb_parameters
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """
+    What a rule may look at to score layers.
+
+    :param network: The network, whose weights a rule leaves as they are.
+    :param layers: All layers, in execution order.
+    :param eligible: Those that may be chosen.
+    :param batches: Training samples drawn for the selection: inputs, labels, and which of a whole batch they are.
+    :param attack: The trainer's first attack.
+    :param seed: Of the run.
+    :param round: Which selection of the run it is, counted from 0.
+    """
+
+    network: Network
+    layers: Sequence[Layer]
+    eligible: Sequence[Layer]
+    batches: Sequence[Batch]
+    attack: OutputAttack
+    seed: int
+    round: int
+
+    @cached_property
+    def criticality(self) -> Criticality:
+        """The criticality of every layer, measured once."""
+        return measure(self.network, self.layers, self.batches, self.attack)
+
+    @cached_property
+    def adversarial(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """The samples on the network's device, their adversarial examples, and labels, batch by batch."""
+        device = self.network.device
+        here = [(x.to(device), y.to(device), part) for x, y, part in self.batches if len(x)]
+        return [(x, self.attack(x, y, part), y) for x, y, part in here]
+
+    def gradients(self, parameters: Sequence[torch.nn.Parameter], *, adversarial: bool = True) -> list[torch.Tensor]:
+        """
+        Give the gradient of the mean loss over the samples, with the network in evaluation mode.
+
+        :param parameters: Of which parameters; zero for those the loss does not depend on.
+        :param adversarial: On the adversarial examples, or on the samples as they are.
+        :return: One gradient a parameter; on several processes the mean over all of them.
+        """
+        sums = [torch.zeros_like(parameter) for parameter in parameters]
+        with _needing_gradients(self.network, parameters):
+            for x, x_adv, y in self.adversarial:
+                loss = len(x) * self.network.loss(x_adv if adversarial else x, y)[0]
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+                for total, gradient in zip(sums, gradients, strict=True):
+                    if gradient is not None:
+                        total += gradient
+        return [self.network.ranks.sum(total) / self._nb_samples for total in sums]
+
+    def adversarial_loss(self) -> float:
+        """
+        Give the mean loss on the adversarial examples, with the weights as they are at the moment.
+
+        :return: The loss; on several processes over the samples of all.
+        """
+        total = torch.zeros((), device=self.network.device)
+        with torch.no_grad(), evaluation_mode(self.network.model):
+            for x, x_adv, y in self.adversarial:
+                total += len(x) * self.network.loss(x_adv, y)[0]
+        return float(self.network.ranks.sum(total)) / self._nb_samples
+
+    @cached_property
+    def _nb_samples(self) -> float:
+        number = torch.tensor(float(sum(len(x) for x, _, _ in self.batches)), device=self.network.device)
+        return float(self.network.ranks.sum(number))
+
+
+#: Scores the layers, one number each, in their order. The eligible layers with the highest are chosen, as many as the
+#: budget allows; those with infinity whatever the budget, those with NaN or minus infinity never.
+SelectionRule = Callable[[Candidates], Sequence[float]]
+
+_RULES: dict[str, SelectionRule] = {}
+
+
+def register_selection_rule(name: str) -> Callable[[SelectionRule], SelectionRule]:
+    """
+    Make a rule known by a name, for the trainer's ``selection=``.
+
+    Example::
+
+        @register_selection_rule("smallest")
+        def smallest(candidates):
+            return [-layer.nb_parameters for layer in candidates.layers]
+
+    :param name: The name.
+    :return: A decorator that gives the rule back.
+    :raises ValueError: If the name is taken.
+    """
+
+    def register(rule: SelectionRule) -> SelectionRule:
+        if _RULES.get(name, rule) is not rule:
+            raise ValueError(f"There is a selection rule {name!r} already; choose another name.")
+        _RULES[name] = rule
+        return rule
+
+    return register
+
+
+def selection_rules() -> tuple[str, ...]:
+    """
+    Give the names of the rules.
+
+    :return: In the order they were registered in.
+    """
+    return tuple(_RULES)
+
+
+def as_rule(selection: object) -> SelectionRule:
+    """
+    Give the rule that a user means.
+
+    :param selection: The name of one, a function, or the names of layers, which are then always chosen.
+    :return: The rule.
+    :raises ValueError: If there is none of that name.
+    :raises TypeError: If it is something else.
+    """
+    if isinstance(selection, str):
+        if selection not in _RULES:
+            raise ValueError(
+                f"`selection` must be one of {', '.join(map(repr, _RULES))}, a list of layers' names, or a function, "
+                f"got {selection!r}."
+            )
+        return _RULES[selection]
+    if isinstance(selection, (list, tuple)) and selection and all(isinstance(name, str) for name in selection):
+        return _fixed(selection)
+    if callable(selection):
+        return selection
+    raise TypeError(
+        f"`selection` must be the name of a rule, a list of layers' names, or a function, got {selection!r}."
+    )
 
 
 def eligible_layers(layers: Sequence[Layer], *, head_eligible: bool) -> list[Layer]:
@@ -34,26 +240,178 @@ def eligible_layers(layers: Sequence[Layer], *, head_eligible: bool) -> list[Lay
     return eligible
 
 
-def most_critical(
-    measured: Criticality, layers: Sequence[Layer], eligible: Sequence[Layer], *, fraction: float
-) -> list[Layer]:
+def choose(rule: SelectionRule, candidates: Candidates, budget: Budget) -> list[Layer]:
     """
-    Choose the layers with the largest criticality index (arXiv 2408.10204, section 3).
+    Choose layers by a rule, within a budget.
 
-    :param measured: The criticality of `layers`, in the same order.
-    :param layers: All layers, in execution order.
-    :param eligible: The layers to choose from; never one whose criticality is not finite.
-    :param fraction: Share of all layers to choose, in (0, 1]; at least one is chosen.
-    :return: The chosen layers, in execution order.
-    :raises ValueError: If no eligible layer has a finite criticality.
+    :param rule: The rule.
+    :param candidates: What it chooses from.
+    :param budget: How many.
+    :return: The chosen layers, in execution order; equal scores go to the earlier layer.
+    :raises ValueError: If the rule gives another number of scores, or no eligible layer a score.
     """
-    budget = max(1, round(fraction * len(layers)))
-    index = {
-        layer: entry.criticality
-        for layer, entry in zip(layers, measured, strict=True)
-        if layer in set(eligible) and math.isfinite(entry.criticality)
+    layers, eligible, network = candidates.layers, set(candidates.eligible), candidates.network
+    scored = torch.tensor([float(score) for score in rule(candidates)], dtype=torch.float64, device=network.device)
+    if len(scored) != len(layers):
+        raise ValueError(f"`selection`: the rule gave {len(scored)} scores for {len(layers)} layers.")
+    scores = dict(zip(layers, network.ranks.first(scored).tolist(), strict=True))
+    usable = [layer for layer in layers if layer in eligible and scores[layer] > -math.inf]
+    if not usable:
+        raise ValueError(
+            "No layer has a finite score: the perturbation reaches none of their features, or the rule scores none."
+        )
+    always = [layer for layer in usable if scores[layer] == math.inf]
+    ranked = sorted((layer for layer in usable if layer not in always), key=lambda layer: scores[layer], reverse=True)
+    nb_parameters = sum(p.numel() for p in network.model.parameters())
+    chosen = {*always, *budget.take(ranked, layers, nb_parameters)}
+    return [layer for layer in layers if layer in chosen]
+
+
+@register_selection_rule("criticality")
+def _criticality(candidates: Candidates) -> list[float]:
+    """CLAT's criticality index, eq. 3 (arXiv 2408.10204)."""
+    return [entry.criticality for entry in candidates.criticality]
+
+
+@register_selection_rule("relative_criticality")
+def _relative_criticality(candidates: Candidates) -> list[float]:
+    """The criticality index of relative errors, which neither width nor scale of a layer changes."""
+    return [entry.relative_criticality for entry in candidates.criticality]
+
+
+@register_selection_rule("relative_error")
+def _relative_error(candidates: Candidates) -> list[float]:
+    """The relative error of a layer's features, by which LSA finds vulnerable layers (arXiv 2202.02626)."""
+    return [entry.relative_error for entry in candidates.criticality]
+
+
+#: Radius of the weight perturbation in RiFT's module robust criticality, relative to the weights' own length, and the
+#: steps of gradient ascent towards the worst one.
+MODULE_RADIUS, MODULE_STEPS = 0.1, 3
+
+
+def _loss_rises(candidates: Candidates) -> list[float]:
+    """How far the adversarial loss rises under the worst perturbation of a layer's weights, layer by layer."""
+    before, rises = candidates.adversarial_loss(), []
+    for layer in candidates.layers:
+        if layer not in candidates.eligible:
+            rises.append(math.nan)
+            continue
+        parameters = [p for p in layer.parameters() if p.ndim > 1] or layer.parameters()
+        with _put_back(parameters) as originals, torch.no_grad():
+            radius = MODULE_RADIUS * _length(originals)
+            for _ in range(MODULE_STEPS):
+                with torch.enable_grad():
+                    gradients = candidates.gradients(parameters)
+                step = radius / max(_length(gradients), 1e-12)
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter.add_(step * gradient)
+                moved = [p - original for p, original in zip(parameters, originals, strict=True)]
+                scale = min(1.0, radius / max(_length(moved), 1e-12))
+                for parameter, original, delta in zip(parameters, originals, moved, strict=True):
+                    parameter.copy_(original + scale * delta)
+            rises.append(candidates.adversarial_loss() - before)
+    return rises
+
+
+@register_selection_rule("module_robustness_highest")
+def _module_robustness_highest(candidates: Candidates) -> list[float]:
+    """The layers whose module robust criticality (RiFT, arXiv 2308.02533) is highest: the loss depends on them most."""
+    return _loss_rises(candidates)
+
+
+@register_selection_rule("module_robustness_lowest")
+def _module_robustness_lowest(candidates: Candidates) -> list[float]:
+    """The layers whose module robust criticality is lowest, which RiFT fine-tunes (arXiv 2308.02533)."""
+    return [-rise for rise in _loss_rises(candidates)]
+
+
+#: Weight of the clean gradient in CURE's prominence; that of the adversarial one is the rest.
+CLEAN_SHARE = 0.1
+
+
+@register_selection_rule("gradient_prominence")
+def _gradient_prominence(candidates: Candidates) -> list[float]:
+    """
+    CURE's robust gradient prominence (arXiv 2401.14948), averaged over a layer's parameters.
+
+    It weighs a parameter's clean and adversarial gradients; here by their magnitude, as a layer's sum of signed ones
+    would cancel.
+    """
+    owned = [layer.parameters() for layer in candidates.layers]
+    parameters = list(dict.fromkeys(p for group in owned for p in group))
+    clean, adversarial = (candidates.gradients(parameters, adversarial=which) for which in (False, True))
+    prominence = {
+        p: (CLEAN_SHARE * one + (1 - CLEAN_SHARE) * other).abs().sum()
+        for p, one, other in zip(parameters, clean, adversarial, strict=True)
     }
-    if not index:
-        raise ValueError("No layer has a finite criticality: the perturbation reaches none of their features.")
-    chosen = sorted(index, key=lambda layer: index[layer], reverse=True)[:budget]
-    return [layer for layer in layers if layer in set(chosen)]
+    return [float(sum(prominence[p] for p in group)) / sum(p.numel() for p in group) for group in owned]
+
+
+@register_selection_rule("random")
+def _random(candidates: Candidates) -> list[float]:
+    """Layers drawn anew at every selection: the control."""
+    return list(np.random.default_rng([candidates.seed, candidates.round]).uniform(size=len(candidates.layers)))
+
+
+@register_selection_rule("random_fixed")
+def _random_fixed(candidates: Candidates) -> list[float]:
+    """Layers drawn once a run."""
+    return list(np.random.default_rng([candidates.seed]).uniform(size=len(candidates.layers)))
+
+
+@register_selection_rule("first")
+def _first(candidates: Candidates) -> list[float]:
+    """The layers that run first."""
+    return [-float(number) for number in range(len(candidates.layers))]
+
+
+@register_selection_rule("last")
+def _last(candidates: Candidates) -> list[float]:
+    """The layers that run last."""
+    return [float(number) for number in range(len(candidates.layers))]
+
+
+@register_selection_rule("all")
+def _all(candidates: Candidates) -> list[float]:
+    """Every eligible layer, whatever the budget."""
+    return [math.inf] * len(candidates.layers)
+
+
+def _fixed(names: Sequence[str]) -> SelectionRule:
+    def fixed(candidates: Candidates) -> list[float]:
+        known = {layer.name for layer in candidates.eligible}
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise ValueError(
+                f"`selection` names {', '.join(unknown)}, no layer(s) that may be chosen; those are "
+                f"{', '.join(layer.name for layer in candidates.eligible)}."
+            )
+        return [math.inf if layer.name in names else -math.inf for layer in candidates.layers]
+
+    return fixed
+
+
+@contextmanager
+def _needing_gradients(network: Network, parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+    """Have some parameters, and no others, need gradients, with the network in evaluation mode."""
+    with evaluation_mode(network.model), only_trainable(network.model, []):  # puts the flags back
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield
+
+
+@contextmanager
+def _put_back(parameters: Sequence[torch.nn.Parameter]) -> Iterator[list[torch.Tensor]]:
+    """Give copies of parameters, and put these back on leaving."""
+    originals = [parameter.detach().clone() for parameter in parameters]
+    try:
+        yield originals
+    finally:
+        with torch.no_grad():
+            for parameter, original in zip(parameters, originals, strict=True):
+                parameter.copy_(original)
+
+
+def _length(tensors: Sequence[torch.Tensor]) -> float:
+    return float(torch.stack([tensor.detach().double().norm() for tensor in tensors]).norm())

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,21 +22,26 @@ from tqdm.auto import tqdm
 
 from art_clat import validation as check
 from art_clat.attacks import OutputAttack
+from art_clat.average import Average
 from art_clat.batches import ArrayBatches, Batch, Batches, GeneratorBatches, augmented
 from art_clat.checkpoint import Checkpoint, Keeper, Progress, describe, fingerprint, fingerprint_of_state, text_of
-from art_clat.criticality import measure
 from art_clat.distributed import Part, Ranks
 from art_clat.guest import FiniteGuard, evaluation_mode, own_modes, own_randomness, reseed
 from art_clat.history import EpochRecord, History, SelectionRecord
 from art_clat.layers import Layer, only_trainable, train_only
 from art_clat.network import Network
-from art_clat.objectives import AdversarialCLAT, AdversarialTraining, AsModule, BatchLoss, CleanCLAT, Objective
-from art_clat.selection import eligible_layers, most_critical
+from art_clat.objectives import (
+    FIRST_STAGES,
+    AsModule,
+    BatchLoss,
+    Objective,
+    default_weight,
+    make_objective,
+    objectives,
+)
+from art_clat.selection import Budget, Candidates, SelectionRule, as_rule, choose, eligible_layers
 
 logger = logging.getLogger(__name__)
-
-#: The readings of the CLAT objective, see :class:`AdversarialTrainerCLATPyTorch`.
-OBJECTIVES = ("adversarial", "clean")
 
 #: Batches between two looks, on a GPU, at whether everything is finite. A look makes the processor wait for it.
 LOOK_EVERY = 50
@@ -77,11 +82,13 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         ratio: float = 1.0,
         *,
         warmup: int = 0,
-        criticality_weight: float = 0.05,
-        critical_fraction: float = 0.05,
+        first_stage: str = "pgd_at",
+        criticality_weight: float | None = None,
+        selection: str | Sequence[str] | SelectionRule = "criticality",
+        budget: float | Budget = 0.05,
         reselect_every: int = 10,
         objective: str = "adversarial",
-        single_step: bool = False,
+        ema_decay: float | None = None,
         head_eligible: bool = False,
         after_norm: bool = False,
         selection_samples: int = 1024,
@@ -101,15 +108,26 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         :param ratio: The proportion of samples in each batch to be perturbed, in (0, 1].
         :param warmup: The number of epochs, at the beginning of ``fit``, of plain adversarial training of the whole
                network. At 0 the network is expected to be adversarially trained already.
+        :param first_stage: What the warm-up trains the whole network with: ``"pgd_at"``, ``"trades"`` or ``"mart"``,
+               see :mod:`art_clat.objectives`.
         :param criticality_weight: λ of eq. 6, at least 0: the weight of the batch mean of the chosen layers' summed
-               feature distance. The paper does not report it.
-        :param critical_fraction: Share of the layers that are chosen, in (0, 1]; at least one is.
+               feature distance, or of a rival objective's second term; `None` for the objective's default. The paper
+               does not report it.
+        :param selection: The rule that scores the layers: ``"criticality"`` (the paper's), one of its rivals
+               (:func:`art_clat.selection_rules` lists them), a function of :class:`art_clat.Candidates` that gives each
+               layer a score, or the names of layers that are always chosen.
+        :param budget: Share of the layers that are chosen, in (0, 1]; at least one is. Or a :class:`art_clat.Budget`: a
+               number of layers, or a share of the parameters.
         :param reselect_every: Number of epochs, at least 1, after which the layers are chosen again.
         :param objective: ``"adversarial"``: cross-entropy on the attack's examples, and the feature distance at the
                same perturbations, one attack a batch. ``"clean"``: eq. 5 and 6 to the letter, clean cross-entropy, and
                the feature distance under an inner attack of its own, in the ball and with the steps of the attack of
-               the PGD family passed as `attacks`, always from a random start.
-        :param single_step: With ``objective="clean"``, make that inner attack one step of size ε ("CLAT (fast)").
+               the PGD family passed as `attacks`, always from a random start. ``"clean_single_step"``: that inner
+               attack is one step of size ε ("CLAT (fast)"). ``"relative"``: as ``"adversarial"``, each distance
+               divided by the length of the feature. ``"pgd_at"``, ``"trades"``, ``"mart"``: ordinary adversarial
+               training, of the chosen layers only.
+        :param ema_decay: Average the weights over the steps of training with this decay, in (0, 1), e.g. 0.99; the
+               average is what is validated, and what the network has at the end. `None` for no average.
         :param head_eligible: Whether the classifier head may be chosen too. Taken literally, eq. 2 and 3 nearly always
                choose it, for its few outputs.
         :param after_norm: Take the features of layers that have a norm after it, in the index and in the objective. At
@@ -129,7 +147,8 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         :raises TypeError: If `classifier` is not a ``PyTorchClassifier``, `attacks` no evasion attack(s), or
                 `augmentation` cannot be called.
         :raises ValueError: If an argument is out of its range, the classifier has no optimiser or no weighted layer,
-                or an attack is targeted, bound to another classifier, or not usable with ``objective="clean"``.
+                or an attack is targeted, bound to another classifier, or not usable with an objective that has an inner
+                attack of its own.
         """
         check.check_classifier(classifier, needs_optimizer=True)
         if isinstance(classifier.optimizer, torch.optim.LBFGS):
@@ -141,25 +160,33 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
             check.check_attack(attack, classifier, argument="attacks")
         check.check_share(ratio, argument="ratio")
         check.check_whole(warmup, 0, argument="warmup")
+        if objective not in objectives():
+            raise ValueError(f"`objective` must be one of {', '.join(map(repr, objectives()))}, got {objective!r}.")
+        if first_stage not in FIRST_STAGES:
+            raise ValueError(f"`first_stage` must be one of {', '.join(map(repr, FIRST_STAGES))}, got {first_stage!r}.")
+        if criticality_weight is None:
+            criticality_weight = default_weight(objective)
         check.check_at_least(criticality_weight, 0, argument="criticality_weight")
-        check.check_share(critical_fraction, argument="critical_fraction")
+        rule = as_rule(selection)
+        if not isinstance(budget, Budget):
+            check.check_share(budget, argument="budget")
+        if ema_decay is not None and not (check.is_number(ema_decay) and 0 < ema_decay < 1):
+            raise ValueError(f"`ema_decay` must be a number in (0, 1), or None, got {ema_decay!r}.")
         check.check_whole(reselect_every, 1, argument="reselect_every")
         check.check_whole(selection_samples, 1, argument="selection_samples")
         if seed is not None:
             check.check_seed(seed)
         if augmentation is not None and not callable(augmentation):
             raise TypeError(f"`augmentation` must be a transform of an image, got {type(augmentation).__name__}.")
-        if objective not in OBJECTIVES:
-            raise ValueError(f"`objective` must be one of {', '.join(map(repr, OBJECTIVES))}, got {objective!r}.")
-        if single_step and objective != "clean":
-            raise ValueError("`single_step` is the inner attack of `objective='clean'`; it needs that objective.")
         super().__init__(classifier, list(attack_list), ratio)
         self.warmup = int(warmup)
+        self.first_stage = first_stage
         self.criticality_weight = criticality_weight
-        self.critical_fraction = critical_fraction
+        self.selection = selection
+        self.budget = budget
         self.reselect_every = int(reselect_every)
         self.objective = objective
-        self.single_step = single_step
+        self.ema_decay = ema_decay
         self.head_eligible = head_eligible
         self.after_norm = after_norm
         self.selection_samples = int(selection_samples)
@@ -172,8 +199,8 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         self.history = History()
         self._network = Network(classifier)
         self._attacks = [OutputAttack(attack, self._network) for attack in attack_list]
-        if objective == "clean":
-            self._check_inner_attack()
+        self._rule = rule
+        self._check_inner_attacks()
 
     def fit(
         self,
@@ -258,9 +285,10 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
                 saves = {"checkpoint": checkpoint is not None, "checkpoint_every": checkpoint_every}
                 state = {"the optimizer's state": fingerprint_of_state(optimizer), "restore_best": restore_best}
                 ranks.check_same({**described, **saves, **state}, self._network.device)
+            average = None if self.ema_decay is None else Average(model, self.ema_decay)
             keeper = Keeper(
                 model,
-                None if checkpoint is None else Checkpoint(checkpoint, model, optimizer, scheduler, described),
+                None if checkpoint is None else Checkpoint(checkpoint, model, optimizer, scheduler, described, average),
                 every=checkpoint_every,
                 keeps_best=restore_best or checkpoint is not None,
                 writes=ranks.rank == 0,
@@ -268,7 +296,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
             batches = ArrayBatches(
                 inputs, labels, batch_size=batch_size, drop_last=options["drop_last"], device=self._network.device
             )
-            self._train(batches, validation, nb_epochs, scheduler, keeper, ranks, verbose=options["verbose"])
+            self._train(batches, validation, nb_epochs, scheduler, keeper, average, ranks, verbose=options["verbose"])
         if restore_best:
             keeper.restore_best()
 
@@ -304,8 +332,11 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
             )
         batches = GeneratorBatches(generator, self._classifier)
         validation = self._check_validation(validation_data)
-        keeper = Keeper(self._network.model)
-        self._train(batches, validation, nb_epochs, scheduler, keeper, ranks, verbose=options["verbose"])
+        model = self._network.model
+        average = None if self.ema_decay is None else Average(model, self.ema_decay)
+        self._train(
+            batches, validation, nb_epochs, scheduler, Keeper(model), average, ranks, verbose=options["verbose"]
+        )
 
     def _train(
         self,
@@ -314,6 +345,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         nb_epochs: int,
         scheduler: torch.optim.lr_scheduler.LRScheduler | None,
         keeper: Keeper,
+        average: Average | None,
         ranks: Ranks,
         *,
         verbose: bool,
@@ -328,6 +360,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
             sample = batches.sample(self.selection_samples, ranks)
             layers = network.find_layers(batches.example(), after_norm=self.after_norm)
         eligible = eligible_layers(layers, head_eligible=self.head_eligible)
+        self._check_budget(eligible)
         self._check_optimizer(None if self.warmup else eligible)
         self.history = history = progress.history
         with self._as_guest(progress.seed) as freeze, self._accelerated():
@@ -342,29 +375,28 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
                         chosen = self._select(progress, layers, eligible, sample)
                         stage = self._begin(chosen, freeze)
                     bar.set_description(stage.name)
-                    self._train_epoch(progress, batches, stage, keeper)
+                    self._train_epoch(progress, batches, stage, keeper, average)
                     if scheduler is not None:
                         scheduler.step()
                     if validation is not None:
-                        history.add_validation(*self._validate(*validation, seed=progress.seed))
-                        keeper.consider(history.epochs[-1])
+                        with nullcontext() if average is None else average.applied():
+                            history.add_validation(*self._validate(*validation, seed=progress.seed))
+                            keeper.consider(history.epochs[-1])
                     progress.begin_epoch(progress.epoch + 1)
                     keeper.save(progress)
                     bar.update()
                     bar.set_postfix(_summary(history.epochs[-1]))
                     logger.debug("%s", history.epochs[-1])
+            if average is not None:
+                average.apply()
 
     def _begin(self, chosen: list[Layer] | None, freeze: Callable[[list[Layer]], None]) -> _Stage:
         """Begin to train the whole network, or the chosen layers alone."""
-        objective: Objective
         if chosen is None:
-            objective = AdversarialTraining(self._network)
+            objective = FIRST_STAGES[self.first_stage](self._network)
         else:
             freeze(chosen)
-            if self.objective == "clean":
-                objective = CleanCLAT(self._network, chosen, self.criticality_weight, single_step=self.single_step)
-            else:
-                objective = AdversarialCLAT(self._network, chosen, self.criticality_weight)
+            objective = make_objective(self.objective, self._network, chosen, self.criticality_weight)
         return _Stage(chosen, objective, self._network.ranks.wrap(AsModule(self._network.model, objective)))
 
     def _select(
@@ -374,11 +406,20 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         eligible: list[Layer],
         sample: list[Batch],
     ) -> list[Layer]:
-        """Measure every layer (eq. 2, 3) and choose the most critical ones."""
+        """Measure every layer (eq. 2, 3) and choose the most critical ones, or those that another rule prefers."""
         start = time.perf_counter()
+        candidates = Candidates(
+            self._network,
+            layers,
+            eligible,
+            sample,
+            self._attacks[0],
+            seed=progress.seed,
+            round=len(self.history.selections),
+        )
         with own_randomness(progress.seed, self._network.device), self._network.in_float32():
-            measured = measure(self._network, layers, sample, self._attacks[0])
-        chosen = most_critical(measured, layers, eligible, fraction=self.critical_fraction)
+            measured = candidates.criticality
+            chosen = choose(self._rule, candidates, self._budget)
         parameters = {p for layer in chosen for p in layer.parameters() if p in self._trainable}
         record = SelectionRecord(
             epoch=progress.epoch,
@@ -403,7 +444,9 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         )
         return chosen
 
-    def _train_epoch(self, progress: Progress, batches: Batches, stage: _Stage, keeper: Keeper) -> None:
+    def _train_epoch(
+        self, progress: Progress, batches: Batches, stage: _Stage, keeper: Keeper, average: Average | None
+    ) -> None:
         """Train one epoch, or what is left of it, and record it."""
         epoch, seed, device, ranks = progress.epoch, progress.seed, self._network.device, self._network.ranks
         start = time.perf_counter() - progress.seconds
@@ -429,6 +472,8 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
             self._set_modes(stage.chosen)
             try:
                 loss = self._step(stage, guard, x, x_adv, y, part)
+                if average is not None:
+                    average.update(epoch * batches.nb_batches + batch)
                 correct = (loss.logits.argmax(dim=1) == self._network.one_hot(y).argmax(dim=1)).float().mean()
                 means = [
                     loss.loss.detach(),
@@ -595,14 +640,32 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
                     f"`classifier.model`: {name or 'it'} recomputes activations; several processes cannot."
                 )
 
-    def _check_inner_attack(self) -> None:
-        for attack in self._attacks:
-            if attack.ascent is None:
+    @property
+    def _budget(self) -> Budget:
+        return self.budget if isinstance(self.budget, Budget) else Budget(share=self.budget)
+
+    def _check_budget(self, eligible: list[Layer]) -> None:
+        if not self._budget.fits_any(eligible, sum(p.numel() for p in self._network.model.parameters())):
+            smallest = min(eligible, key=lambda layer: layer.nb_parameters)
+            raise ValueError(
+                f"`budget` {self.budget} pays for no layer: the smallest that may be chosen, {smallest.name}, has "
+                f"{smallest.nb_parameters:,} parameters."
+            )
+
+    def _check_inner_attacks(self) -> None:
+        first = FIRST_STAGES[self.first_stage](self._network)
+        second = make_objective(self.objective, self._network, [], self.criticality_weight)
+        for argument, name, objective in (
+            ("first_stage", self.first_stage, first),
+            ("objective", self.objective, second),
+        ):
+            if objective.needs_ascent and any(attack.ascent is None for attack in self._attacks):
+                kinds = ", ".join(type(attack.attack).__name__ for attack in self._attacks)
                 raise ValueError(
-                    "`objective='clean'` takes the ball and the steps of its inner attack from `attacks`: "
+                    f"`{argument}={name!r}` takes the ball and the steps of its inner attack from `attacks`: "
                     "ProjectedGradientDescent, BasicIterativeMethod or FastGradientMethod in the norm inf, 2 or 1 on a "
-                    "classifier whose preprocessing is PyTorch's are accepted, "
-                    f"got {type(attack.attack).__name__}. `objective='adversarial'` takes any attack."
+                    f"classifier whose preprocessing is PyTorch's are accepted, got {kinds}. "
+                    "`objective='adversarial'` takes any attack."
                 )
 
     def _check_scheduler(self, scheduler: object) -> None:
@@ -654,11 +717,13 @@ class _Stage:
 _ARGUMENTS = (
     "ratio",
     "warmup",
+    "first_stage",
     "criticality_weight",
-    "critical_fraction",
+    "selection",
+    "budget",
     "reselect_every",
     "objective",
-    "single_step",
+    "ema_decay",
     "head_eligible",
     "after_norm",
     "selection_samples",

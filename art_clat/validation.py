@@ -173,11 +173,17 @@ def check_at_least(value: float, minimum: float, *, argument: str) -> None:
     :param argument: Name of the argument, for the message.
     :raises ValueError: If it is smaller or not finite.
     """
-    if not (_is_number(value) and np.isfinite(value) and value >= minimum):
+    if not (is_number(value) and np.isfinite(value) and value >= minimum):
         raise ValueError(f"`{argument}` must be a number of at least {minimum}, got {value!r}.")
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """
+    Tell whether a value is a number, which a truth value is not.
+
+    :param value: What the user passed.
+    :return: Whether it is.
+    """
     return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
 
 
@@ -214,7 +220,7 @@ def check_share(value: float, *, argument: str) -> None:
     :param argument: Name of the argument, for the message.
     :raises ValueError: If it is outside.
     """
-    if not (_is_number(value) and 0 < value <= 1):
+    if not (is_number(value) and 0 < value <= 1):
         raise ValueError(f"`{argument}` must be a number in (0, 1], got {value!r}.")
 
 

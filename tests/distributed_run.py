@@ -21,7 +21,11 @@ CONFIGURATIONS = {
         {"objective": "clean", "augmentation": v2.RandomHorizontalFlip(), "channels_last": True},
         {},
     ),
-    "a share of odd batches, several layers": ({"ratio": 0.6, "critical_fraction": 0.5}, {"batch_size": 15}),
+    "a share of odd batches, several layers": ({"ratio": 0.6, "budget": 0.5}, {"batch_size": 15}),
+    "rivals": (
+        {"first_stage": "trades", "objective": "mart", "selection": "module_robustness_highest", "ema_decay": 0.8},
+        {},
+    ),
     "two attacks, one through NumPy": ({"numpy": True}, {"drop_last": True}),
 }
 

@@ -38,8 +38,8 @@ def make_run(network=Normed, optimizer=None, scheduler=None, loss=None, preproce
     classifier = make_classifier(model, optimizer=optimizer, loss=loss, preprocessing=preprocessing)
     attacks = [make_attack(classifier, num_random_init=1), FastGradientMethod(classifier, eps=0.1)]
     settings = {
-        "ratio": 0.7, "warmup": 2, "reselect_every": 2, "criticality_weight": 0.1, "critical_fraction": 0.4, "seed": 3,
-        "augmentation": v2.RandomHorizontalFlip(), **kwargs,
+        "ratio": 0.7, "warmup": 2, "reselect_every": 2, "criticality_weight": 0.1, "budget": 0.4, "seed": 3,
+        "augmentation": v2.RandomHorizontalFlip(), "ema_decay": 0.8, **kwargs,
     }  # fmt: skip
     trainer = AdversarialTrainerCLATPyTorch(classifier, attacks, **settings)
     make_scheduler = scheduler or (lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=8))

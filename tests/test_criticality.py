@@ -1,6 +1,5 @@
 import copy
 import random
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +9,6 @@ from conftest import Normed, make_attack, make_classifier
 from torch import nn
 
 from art_clat import measure_criticality
-from art_clat.layers import find_layers
-from art_clat.selection import eligible_layers, most_critical
 
 
 def by_hand(features, x, x_adv):
@@ -183,42 +180,3 @@ def test_measures_a_transformer(data):
     classifier = make_classifier(model)
     measured = measure_criticality(classifier, *data, attack=make_attack(classifier))
     assert len(measured) == 10 and all(layer.weakness > 0 for layer in measured)
-
-
-class TestSelection:
-    @pytest.fixture
-    def case(self, chain, data):
-        classifier = make_classifier(chain)
-        measured = measure_criticality(classifier, *data, attack=make_attack(classifier))
-        layers = find_layers(chain, lambda size: chain(torch.tensor(data[0][:size])))
-        return measured, layers
-
-    @pytest.mark.parametrize(("fraction", "count"), [(0.05, 1), (0.25, 1), (0.5, 2), (0.75, 3), (1.0, 4)])
-    def test_takes_the_largest_indices(self, case, fraction, count):
-        measured, layers = case
-        chosen = most_critical(measured, layers, layers, fraction=fraction)
-        index = {layer.name: layer.criticality for layer in measured}
-        largest = sorted(index, key=index.get)[-count:]
-        assert [layer.name for layer in chosen] == [layer.name for layer in layers if layer.name in largest]
-
-    @pytest.mark.parametrize(("nb_layers", "count"), [(7, 1), (20, 1), (29, 1), (31, 2), (50, 2), (53, 3), (90, 4)])
-    def test_budget_is_a_share_of_all_layers_rounded(self, case, nb_layers, count):
-        measured, layers = case
-        measured = replace(measured, layers=tuple(measured[i % 3] for i in range(nb_layers)))
-        layers = [replace(layers[0], name=str(i)) for i in range(nb_layers)]
-        eligible = layers[: nb_layers // 2 + 2]
-        assert len(most_critical(measured, layers, eligible, fraction=0.05)) == count
-
-    def test_head_is_left_out_unless_asked_for(self, case):
-        _, layers = case
-        assert [x.name for x in eligible_layers(layers, head_eligible=False)] == ["first", "second", "hidden"]
-        assert len(eligible_layers(layers, head_eligible=True)) == 4
-
-    def test_frozen_layers_are_not_eligible(self, case, chain):
-        _, layers = case
-        chain.second.requires_grad_(False)
-        chain.hidden.bias.requires_grad_(False)
-        assert [x.name for x in eligible_layers(layers, head_eligible=False)] == ["first", "hidden"]
-        chain.requires_grad_(False)
-        with pytest.raises(ValueError, match="requires_grad=False"):
-            eligible_layers(layers, head_eligible=True)

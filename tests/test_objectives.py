@@ -6,7 +6,16 @@ from torch import nn
 from art_clat.attacks import OutputAttack
 from art_clat.layers import find_layers
 from art_clat.network import Network
-from art_clat.objectives import AdversarialCLAT, AdversarialTraining, CleanCLAT
+from art_clat.objectives import (
+    MART,
+    TRADES,
+    AdversarialCLAT,
+    AdversarialTraining,
+    CleanCLAT,
+    make_objective,
+    objectives,
+    register_objective,
+)
 
 CHOSEN = ("second", "hidden")
 WEIGHT = 0.3
@@ -105,3 +114,98 @@ def test_the_networks_own_preprocessing_and_loss_are_used(chain, data):
     x, y = torch.tensor(data[0]), torch.tensor(data[1])
     expected = loss(chain.features((x - 0.4) / 0.25)["head"], y)
     torch.testing.assert_close(AdversarialTraining(network).loss(x, x, y).loss, expected)
+
+
+def test_relative_distance_is_that_over_the_length_of_the_feature(chain, case):
+    network, chosen, x, x_adv, y = case
+    got = AdversarialCLAT(network, chosen, WEIGHT, relative=True).loss(x, x_adv, y)
+    clean, perturbed = chain.features(x), chain.features(x_adv)
+    ratios = [
+        ((perturbed[name][i] - clean[name][i]).norm() / clean[name][i].norm()) for name in CHOSEN for i in range(len(x))
+    ]
+    distance = torch.stack(ratios).sum() / len(x)
+    expected = nn.functional.cross_entropy(perturbed["head"], y) + WEIGHT * distance
+    torch.testing.assert_close(got.criticality_loss, distance.detach())
+    parameters = list(chain.parameters())
+    for ours, reference in zip(
+        torch.autograd.grad(got.loss, parameters), torch.autograd.grad(expected, parameters), strict=True
+    ):
+        torch.testing.assert_close(ours, reference, atol=1e-5, rtol=1e-4)
+
+
+def test_trades_is_clean_cross_entropy_and_divergence(chain, case):
+    network, _, x, x_adv, y = case
+    got = TRADES(network, None, 6.0).loss(x, x_adv, y)
+    clean, perturbed = chain.features(x)["head"], chain.features(x_adv)["head"]
+    divergence = nn.functional.kl_div(perturbed.log_softmax(1), clean.softmax(1), reduction="batchmean")
+    torch.testing.assert_close(got.loss, nn.functional.cross_entropy(clean, y) + 6 * divergence)
+    torch.testing.assert_close(got.criticality_loss, divergence.detach())
+    torch.testing.assert_close(got.logits, clean.detach())
+
+
+def test_trades_climbs_the_divergence_from_close_by(chain, case):
+    network, _, x, _, y = case
+    attack = OutputAttack(make_attack(network.classifier, eps=0.1, eps_step=0.02, max_iter=20), network)
+
+    def divergence(z):
+        p, q = chain.features(x)["head"].softmax(1), chain.features(z)["head"].log_softmax(1)
+        return nn.functional.kl_div(q, p, reduction="batchmean").item()
+
+    trades = TRADES(network).perturb(attack, x, y)
+    assert (trades - x).abs().max() <= 0.1 + 1e-6 and trades.min() >= 0 and trades.max() <= 1
+    noise = (x + 0.1 * torch.randn_like(x).sign()).clamp(0, 1)
+    assert divergence(trades) > 2 * divergence(noise)
+    wrong = (y + 1) % 4  # the labels do not matter
+    torch.manual_seed(0)
+    one = TRADES(network).perturb(attack, x, y)
+    torch.manual_seed(0)
+    assert torch.equal(TRADES(network).perturb(attack, x, wrong), one)
+    attack = OutputAttack(make_attack(network.classifier, eps=0.1, eps_step=0.0001, max_iter=1), network)
+    assert (TRADES(network).perturb(attack, x, y) - x).abs().max() < 0.01
+
+
+def test_mart_by_hand(chain, case):
+    network, _, x, x_adv, y = case
+    got = MART(network, None, 5.0).loss(x, x_adv, y)
+    p, q = chain.features(x)["head"].softmax(1), chain.features(x_adv)["head"].softmax(1)
+    total = 0
+    for clean, perturbed, label in zip(p, q, y, strict=True):
+        others = [perturbed[k] for k in range(4) if k != label]
+        total += -perturbed[label].log() - (1 - max(others)).log()
+        total += 5 * (clean * (clean / perturbed).log()).sum() * (1 - clean[label])
+    torch.testing.assert_close(got.loss, total / len(x))
+    one_hot = MART(network, None, 5.0).loss(x, x_adv, nn.functional.one_hot(y, 4).float())
+    torch.testing.assert_close(one_hot.loss, got.loss)
+
+
+@pytest.mark.parametrize("name", objectives())
+def test_every_objective_trains_the_chosen_layers(chain, case, name):
+    network, chosen, x, _, y = case
+    attack = OutputAttack(make_attack(network.classifier), network)
+    objective = make_objective(name, network, chosen, 0.5)
+    x_adv = objective.perturb(attack, x, y)
+    got = objective.loss(x, x_adv, y)
+    assert 0 < (x_adv - x).abs().max() <= 0.1 + 1e-6
+    torch.testing.assert_close(
+        got.loss.detach(), got.cross_entropy + (0.5 * got.criticality_loss if name != "pgd_at" else 0)
+    )
+    on = x_adv if objective.logits_are_adversarial else x
+    torch.testing.assert_close(got.logits, chain.features(on)["head"].detach())
+    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(got.loss, chosen[0].parameters()))
+
+
+def test_users_own_objective(case):
+    network, chosen, *_ = case
+
+    @register_objective("doubled, for a test", weight=0.3)
+    class Doubled(AdversarialCLAT):
+        pass
+
+    try:
+        assert isinstance(make_objective("doubled, for a test", network, chosen, 0.1), Doubled)
+        with pytest.raises(ValueError, match="already"):
+            register_objective("doubled, for a test", weight=0.3)(Doubled)
+    finally:
+        from art_clat.objectives import _OBJECTIVES
+
+        del _OBJECTIVES["doubled, for a test"]

@@ -20,7 +20,8 @@ from art.estimators.classification import HuggingFaceClassifierPyTorch, PyTorchC
 from conftest import INPUT_SHAPE, Chain, Normed, make_attack, make_classifier
 from torch import nn
 
-from art_clat import AdversarialTrainerCLATPyTorch, measure_criticality
+from art_clat import AdversarialTrainerCLATPyTorch, Budget, measure_criticality
+from art_clat.objectives import FIRST_STAGES, AdversarialCLAT
 
 QUIET = {"verbose": False}
 
@@ -270,13 +271,10 @@ class TestTheMethod:
         first, second = trainer.history.selections
         assert first.chosen != second.chosen
 
-    @pytest.mark.parametrize(("objective", "single_step"), [("adversarial", False), ("clean", False), ("clean", True)])
-    def test_learns(self, normed, data, objective, single_step):
+    @pytest.mark.parametrize("objective", ["adversarial", "clean", "clean_single_step"])
+    def test_learns(self, normed, data, objective):
         classifier = make_classifier(normed, lr=0.1)
-        trainer = make_trainer(
-            classifier, warmup=15, objective=objective, single_step=single_step, critical_fraction=0.5,
-            criticality_weight=0.01,
-        )  # fmt: skip
+        trainer = make_trainer(classifier, warmup=15, objective=objective, budget=0.5, criticality_weight=0.01)
         trainer.fit(*data, validation_data=data, batch_size=16, nb_epochs=25, **QUIET)
         last = trainer.history.epochs[-1]
         assert last.clean_accuracy > 0.65
@@ -302,10 +300,68 @@ def _pgd(network, x, y, eps=0.1, step=0.03, steps=4):
     return z
 
 
+class TestAverage:
+    def test_is_what_is_validated_and_what_the_network_ends_on(self, normed, data):
+        trainer = make_trainer(make_classifier(normed), warmup=2, ema_decay=0.6)
+        seen = []
+        step, validate = trainer._step, trainer._validate
+
+        def state():
+            return {name: tensor.detach().clone() for name, tensor in normed.state_dict().items()}
+
+        trainer._step = lambda *args: (step(*args), seen.append(state()))[0]
+        validated = []
+        trainer._validate = lambda *args, **kwargs: (validated.append(state()), validate(*args, **kwargs))[1]
+        average = state()
+        trainer.fit(*data, validation_data=data, batch_size=16, nb_epochs=3, **QUIET)
+        assert len(seen) == 9
+        for number, weights in enumerate(seen):
+            decay = min(0.6, (1 + number) / (10 + number))
+            average = {
+                name: decay * average[name] + (1 - decay) * weights[name] if weights[name].is_floating_point()
+                else weights[name]
+                for name in weights
+            }  # fmt: skip
+            if number % 3 == 2:
+                torch.testing.assert_close(validated[number // 3], average)
+        torch.testing.assert_close(state(), average)
+
+    def test_training_itself_does_not_know_of_it(self, data):
+        losses = []
+        for ema_decay in (None, 0.9):
+            torch.manual_seed(1)
+            trainer = make_trainer(make_classifier(Normed()), warmup=1, ema_decay=ema_decay)
+            trainer.fit(*data, validation_data=data, batch_size=16, nb_epochs=2, **QUIET)
+            losses.append([record.loss for record in trainer.history.epochs])
+        assert losses[0] == losses[1]
+
+
 class TestArgumentsArrive:
+    @pytest.mark.parametrize("first_stage", ["pgd_at", "trades", "mart"])
+    def test_first_stage(self, chain, data, first_stage):
+        trainer = make_trainer(make_classifier(chain), warmup=1, first_stage=first_stage)
+        seen = []
+        step = trainer._step
+        trainer._step = lambda stage, *args: seen.append(stage.objective) or step(stage, *args)
+        trainer.fit(*data, batch_size=48, nb_epochs=2, **QUIET)
+        assert [type(objective) for objective in seen] == [FIRST_STAGES[first_stage], AdversarialCLAT]
+
+    @pytest.mark.parametrize(("budget", "count"), [(0.5, 2), (Budget(count=3), 3), (Budget(parameter_share=0.34), 2)])
+    def test_budget_and_selection(self, chain, data, budget, count):
+        trainer = make_trainer(make_classifier(chain), budget=budget, selection="first")
+        trainer.fit(*data, batch_size=48, nb_epochs=1, **QUIET)
+        assert trainer.history.selections[0].chosen == ("first", "second", "hidden")[:count]
+
+    def test_a_budget_that_pays_for_nothing_is_refused(self, chain, data):
+        trainer = make_trainer(make_classifier(chain), warmup=5, budget=Budget(parameter_share=0.01))
+        before = snapshot(chain)
+        with pytest.raises(ValueError, match=r"`budget` .* pays for no layer: the smallest that may be chosen, first"):
+            trainer.fit(*data, nb_epochs=1, **QUIET)
+        assert not moved(chain, before)
+
     def test_single_step_and_after_norm(self, normed, data):
         classifier = make_classifier(normed)
-        trainer = make_trainer(classifier, objective="clean", single_step=True, after_norm=True)
+        trainer = make_trainer(classifier, objective="clean_single_step", after_norm=True)
         seen = []
         step = trainer._step
         trainer._step = lambda stage, *args: seen.append(stage.objective) or step(stage, *args)
@@ -466,7 +522,7 @@ class TestFrozenMeansFrozen:
 
     def test_share_of_the_parameters_in_log_and_history(self, normed, data, caplog):
         normed.conv1.weight.requires_grad_(False)
-        trainer = make_trainer(make_classifier(normed), critical_fraction=0.75)
+        trainer = make_trainer(make_classifier(normed), budget=0.75)
         with caplog.at_level(logging.INFO, logger="art_clat"):
             trainer.fit(*data, nb_epochs=1, **QUIET)
         (record,) = trainer.history.selections
@@ -620,11 +676,12 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("argument", "value"),
         [
-            ("ratio", 0), ("ratio", 1.5), ("ratio", float("nan")), ("critical_fraction", 0),
-            ("critical_fraction", 1.01), ("criticality_weight", -0.1), ("criticality_weight", float("nan")),
+            ("ratio", 0), ("ratio", 1.5), ("ratio", float("nan")), ("budget", 0),
+            ("budget", 1.01), ("criticality_weight", -0.1), ("criticality_weight", float("nan")),
             ("warmup", -1), ("warmup", 1.5),
-            ("reselect_every", 0), ("objective", "both"), ("single_step", True), ("selection_samples", 0), ("seed", -1),
-            ("seed", 2**32), ("critical_fraction", "5%"),
+            ("reselect_every", 0), ("objective", "both"), ("first_stage", "clean"), ("selection_samples", 0),
+            ("seed", -1), ("selection", "worst"), ("ema_decay", 1.0), ("ema_decay", 0),
+            ("seed", 2**32), ("budget", "5%"),
         ],
     )  # fmt: skip
     def test_arguments(self, chain, argument, value):

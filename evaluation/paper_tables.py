@@ -1,0 +1,598 @@
+"""
+The evidence: arms × seeds from paper_tables.toml, one JSON a run, then tables and plots of what came out.
+
+    python evaluation/paper_tables.py run --preset cpu --data data --tables A B C
+    python evaluation/paper_tables.py aggregate --preset cpu
+
+``run`` skips what is done, continues what was killed, and may be started several times at once: every job is taken by
+one process. All arms of a seed go on from the same first-stage checkpoint, for as many epochs, with the same data order,
+schedule and attack. λ and learning rate are tuned on validation images with seeds of their own; the test images are
+looked at once, at the end of a run. A run that crashes is recorded as failed, and ``aggregate`` says so.
+"""
+
+import argparse
+import contextlib
+import copy
+import datetime
+import fcntl
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import logging
+import os
+import platform
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import torch
+from art.attacks.evasion import ProjectedGradientDescent
+from art.estimators.classification import PyTorchClassifier
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torchvision.transforms import v2
+
+from art_clat import AdversarialTrainerCLATPyTorch, create_backbone, evaluate_robustness
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+HERE = Path(__file__).parent
+log = logging.getLogger("paper_tables")
+
+
+# What is run ---------------------------------------------------------------------------------------------------------
+
+
+def load_config(path):
+    """Read presets, arms and tables."""
+    return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def resolve(config, name):
+    """Give an arm with what it has from the arm it is like."""
+    arm = config["arms"][name]
+    if "like" not in arm:
+        return {"tuned_by": name, **arm}
+    base = resolve(config, arm["like"])
+    return {**base, **arm, "trainer": {**base.get("trainer", {}), **arm.get("trainer", {})}}
+
+
+def grid(arm):
+    """Give every combination that an arm's tuning tries."""
+    tune = arm.get("tune", {})
+    return [dict(zip(tune, values, strict=True)) for values in itertools.product(*tune.values())] if tune else []
+
+
+def load_data(preset, seed, folder):
+    """Draw a seed's own training, validation and test images."""
+    if preset["data"] == "digits":
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        x, y = (digits.images[:, None] / 16).astype(np.float32), digits.target
+        (x, y), (x_test, y_test) = (x[:1400], y[:1400]), (x[1400:], y[1400:])
+    else:
+        from torchvision.datasets import CIFAR10
+
+        arrays = []
+        for train in (True, False):
+            dataset = CIFAR10(folder, train=train, download=False)
+            arrays.append((dataset.data.transpose(0, 3, 1, 2), np.array(dataset.targets)))
+        (x, y), (x_test, y_test) = arrays
+    rng = np.random.default_rng(seed)
+    order, nb_train = rng.permutation(len(x)), preset["train_images"]
+    parts = order[:nb_train], order[nb_train : nb_train + preset["validation_images"]]
+    tested = rng.permutation(len(x_test))[: preset["test_images"]]
+
+    def taken(x, y, indices):
+        images = x[indices]
+        return (images if images.dtype == np.float32 else images.astype(np.float32) / 255), y[indices]
+
+    return *(taken(x, y, part) for part in parts), taken(x_test, y_test, tested)
+
+
+def make_model(preset, seed):
+    """Make the network of a preset, normalisation inside."""
+    torch.manual_seed(seed)
+    size = (1, 8, 8) if preset["data"] == "digits" else (3, 32, 32)
+    model = create_backbone(
+        preset["backbone"], num_classes=10, input_size=size, **copy.deepcopy(preset.get("backbone_arguments", {}))
+    )
+    if preset.get("stem_stride", 1) != 1:
+        name = model.model.default_cfg["first_conv"]
+        model.model.get_submodule(name).stride = (preset["stem_stride"],) * 2
+    return model
+
+
+def make_trainer(model, preset, *, lr, device, seed, **arguments):
+    """Make classifier, attack and trainer."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
+    shape = (1, 8, 8) if preset["data"] == "digits" else (3, 32, 32)
+    classifier = PyTorchClassifier(
+        model, nn.CrossEntropyLoss(), shape, 10, optimizer=optimizer, clip_values=(0.0, 1.0), device_type=device
+    )
+    attack = ProjectedGradientDescent(
+        classifier,
+        norm=np.inf,
+        eps=preset["eps"],
+        eps_step=preset["eps_step"],
+        max_iter=preset["attack_steps"],
+        num_random_init=1,
+        verbose=False,
+    )
+    crop = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()])
+    return AdversarialTrainerCLATPyTorch(
+        classifier,
+        attack,
+        seed=seed,
+        selection_samples=preset["selection_samples"],
+        augmentation=crop if preset.get("augmentation") else None,
+        channels_last=preset.get("channels_last", False),
+        amp=preset.get("amp", False),
+        **arguments,
+    )
+
+
+def cosine(optimizer, *, first, total):
+    """Go on with a cosine schedule over `total` epochs, of which `first` are done."""
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda epoch: (1 + np.cos(np.pi * min(1, (first + epoch) / total))) / 2
+    )
+
+
+class Bench:
+    """One preset's runs: where they are kept, and how each is made."""
+
+    def __init__(self, config, name, *, results, work, data, device="cpu"):
+        self.config, self.name, self.preset = config, name, config["presets"][name]
+        self.results, self.work, self.data, self.device = Path(results) / name, Path(work) / name, data, device
+        self.total = self.preset["first_stage_epochs"] + self.preset["epochs"]
+
+    def first_stage(self, seed, base="pgd_at"):
+        """Train the first stage of a seed, or find it done; gives the file with its weights."""
+        done = self.work / "first" / f"{base}-seed{seed}.safetensors"
+        if not done.exists():
+            train, validation, _ = load_data(self.preset, seed, self.data)
+            model = make_model(self.preset, seed)
+            epochs = self.preset["first_stage_epochs"]
+            trainer = make_trainer(
+                model, self.preset, lr=self.preset["lr"], device=self.device, seed=seed, warmup=epochs, first_stage=base
+            )
+            self._fit(trainer, train, validation, epochs, first=0, folder=self.work / "first" / f"{base}-seed{seed}")
+            trainer.history.to_json(self.work / "first" / f"{base}-seed{seed}.json")
+            _write(done, lambda path: save_file(model.state_dict(), path))
+        return done
+
+    def second_stage(self, arm, seed, *, key, **tuned):
+        """Go on from the first stage as an arm says; gives the trainer, and the weights of the best epoch."""
+        train, validation, _ = load_data(self.preset, seed, self.data)
+        model = make_model(self.preset, seed)
+        model.load_state_dict(load_file(self.first_stage(seed, arm.get("base", "pgd_at"))))
+        arguments = copy.deepcopy(arm.get("trainer", {}))
+        if "criticality_weight" in tuned and "criticality_weight" not in arguments:
+            arguments["criticality_weight"] = tuned["criticality_weight"] * arm.get("scale_weight", 1.0)
+        epochs = self.preset["epochs"]
+        trainer = make_trainer(
+            model,
+            self.preset,
+            lr=self.preset["lr"] * tuned.get("lr", arm.get("lr", 1.0)),
+            device=self.device,
+            seed=seed + 1000,
+            warmup=epochs if arm.get("whole_network") else 0,
+            reselect_every=arm.get("reselect_every", self.preset["reselect_every"]),
+            **arguments,
+        )
+        folder = self.work / key
+        self._fit(trainer, train, validation, epochs, first=self.preset["first_stage_epochs"], folder=folder)
+        best = {k: v for k, v in load_file(folder / "best.safetensors").items() if k in model.state_dict()}
+        return trainer, best
+
+    def _fit(self, trainer, train, validation, epochs, *, first, folder):
+        scheduler = cosine(trainer.classifier.optimizer, first=first, total=self.total)
+        trainer.fit(
+            *train,
+            validation_data=validation,
+            batch_size=self.preset["batch_size"],
+            nb_epochs=epochs,
+            scheduler=scheduler,
+            checkpoint=folder,
+            verbose=False,
+        )
+
+    def tuning_jobs(self, name):
+        """Give an arm's tuning runs: one for each value and tuning seed."""
+        arm = self.config["arms"][name]
+        return [(values, seed) for values in grid(arm) for seed in self.preset["tuning_seeds"]]
+
+    def tuning_file(self, name, values, seed):
+        """Say where a tuning run's result is kept."""
+        text = "-".join(f"{key}{value:g}" for key, value in values.items())
+        return self.results / "tuning" / f"{name}-{text}-seed{seed}.json"
+
+    def tune(self, name, values, seed):
+        """Make one tuning run: robust accuracy on the validation images, of the last epoch."""
+        arm = resolve(self.config, name)
+        path = self.tuning_file(name, values, seed)
+        trainer, _ = self.second_stage(arm, seed, key=f"tuning/{path.stem}", **values)
+        _, validation, _ = load_data(self.preset, seed, self.data)
+        report = self._evaluate(trainer.classifier.model, *validation, autoattack=None, seed=seed)
+        result = {"arm": name, "values": values, "seed": seed, "clean": report.clean_accuracy}
+        _write_json(path, {**result, "pgd20": report.pgd_accuracy, **self._setting(arm)})
+
+    def tuned(self, name):
+        """Give what tuning chose for an arm; `None` while a run is missing."""
+        owner = resolve(self.config, name)["tuned_by"]
+        if not grid(self.config["arms"][owner]):
+            return {}
+        found = {}
+        for values, seed in self.tuning_jobs(owner):
+            path = self.tuning_file(owner, values, seed)
+            if not path.exists():
+                return None
+            found.setdefault(tuple(values.items()), []).append(json.loads(path.read_text())["pgd20"])
+        return dict(max(found, key=lambda values: np.mean(found[values])))
+
+    def run(self, name, seed):
+        """Make one run of an arm, evaluate its last and its best epoch, and write the result."""
+        path, arm, tuned = self.run_file(name, seed), resolve(self.config, name), self.tuned(name)
+        result = {"arm": name, "title": arm["title"], "seed": seed, "tuned": tuned, **self._setting(arm)}
+        try:
+            trainer, best = self.second_stage(arm, seed, key=f"{name}-seed{seed}", **tuned)
+            train, _, test = load_data(self.preset, seed, self.data)
+            history, model = trainer.history, trainer.classifier.model
+            last = {key: value.clone() for key, value in model.state_dict().items()}
+            same = all(torch.equal(value, best[key]) for key, value in last.items())
+            result["results"] = {"last": self._measure(model, train, test, seed)}
+            if not same:
+                model.load_state_dict(best)
+            result["results"]["best"] = self._measure(model, train, test, seed) if not same else None
+            if same:
+                result["results"]["best"] = result["results"]["last"]
+            total = sum(p.numel() for p in model.parameters())
+            trained = [record.trainable_parameters for record in history.selections] or [total]
+            result |= {
+                "status": "done",
+                "best_epoch": history.best_epoch,
+                "trainable_share": float(np.mean(trained)) / total,
+                "largest_trainable_share": max(trained) / total,
+                "seconds_per_epoch": float(np.mean([record.seconds for record in history.epochs])),
+                "chosen": [list(record.chosen) for record in history.selections],
+                "history": json.loads(history.to_json()),
+            }
+        except Exception as error:  # recorded, and shown in every table it belongs to
+            result |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+            log.error("%s, seed %d failed:\n%s", name, seed, traceback.format_exc())
+        _write_json(path, result)
+
+    def run_file(self, name, seed):
+        """Say where a run's result is kept."""
+        return self.results / "runs" / f"{name}-seed{seed}.json"
+
+    def _measure(self, model, train, test, seed):
+        wide = self._evaluate(model, *test, autoattack=None, seed=seed)
+        number = self.preset["autoattack_images"]
+        strong = self._evaluate(model, test[0][:number], test[1][:number], autoattack="standard", seed=seed)
+        seen = self._evaluate(model, train[0][:number], train[1][:number], autoattack=None, seed=seed)
+        return {
+            "clean": wide.clean_accuracy,
+            "pgd20": wide.pgd_accuracy,
+            "autoattack": strong.autoattack_accuracy,
+            "pgd20_on_autoattack_images": strong.pgd_accuracy,
+            "train_clean": seen.clean_accuracy,
+            "train_pgd20": seen.pgd_accuracy,
+            "warnings": list(strong.warnings),
+        }
+
+    def _evaluate(self, model, x, y, *, autoattack, seed):
+        if self.preset.get("channels_last"):
+            model = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        return evaluate_robustness(
+            model, x, y, norm="Linf", eps=self.preset["eps"], autoattack_version=autoattack, seed=seed
+        )
+
+    def _setting(self, arm):
+        return {
+            "preset": self.preset,
+            "setting": self.fingerprint(arm),
+            "date": datetime.date.today().isoformat(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} thread(s) a run"
+            + (f", {torch.cuda.get_device_name()}" if self.device != "cpu" else ""),
+            "versions": {
+                name: importlib.metadata.version(name)
+                for name in ("art_clat", "torch", "adversarial-robustness-toolbox", "timm", "pyautoattack")
+            },
+        }
+
+    def fingerprint(self, arm):
+        """Give a text that changes with what a result depends on."""
+        what = {"preset": {k: v for k, v in self.preset.items() if k != "seeds"}, "arm": arm}
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+    def is_done(self, path, name, *, retry=False):
+        """Tell whether a result is there; one of another configuration is refused."""
+        if not path.exists():
+            return False
+        result = json.loads(path.read_text())
+        if result["setting"] != self.fingerprint(resolve(self.config, name)):
+            raise SystemExit(f"{path} was made with another configuration: move it away, or restore paper_tables.toml.")
+        return result.get("status") != "failed" or not retry
+
+
+def run_all(bench, arms, seeds, *, retry=False):
+    """Do every job that is left; those of other processes are waited for only where they are needed."""
+    owners = list(dict.fromkeys(resolve(bench.config, name)["tuned_by"] for name in arms))
+    jobs = [
+        (f"tune {owner} {values} seed {seed}", bench.tuning_file(owner, values, seed), owner, bench.tune, (values, seed))
+        for owner in owners
+        for values, seed in bench.tuning_jobs(owner)
+    ]
+    jobs += [
+        (f"run {name} seed {seed}", bench.run_file(name, seed), name, bench.run, (seed,))
+        for seed in seeds
+        for name in arms
+    ]
+    while True:
+        left = 0
+        worked = False
+        for title, path, name, action, arguments in jobs:
+            if bench.is_done(path, name, retry=retry):
+                continue
+            arm, seed = resolve(bench.config, name), arguments[-1]
+            if action == bench.run and bench.tuned(name) is None:
+                left += 1
+                continue
+            with _taken(bench.work / f"first-{arm.get('base', 'pgd_at')}-seed{seed}.lock") as mine:
+                if mine:
+                    bench.first_stage(seed, arm.get("base", "pgd_at"))
+            if not mine:
+                left += 1
+                continue
+            with _taken(bench.work / f"{path.stem}.lock") as mine:
+                if mine and not bench.is_done(path, name, retry=retry):
+                    start = time.perf_counter()
+                    action(name, *arguments)
+                    worked = True
+                    log.info("%s: %.0f s", title, time.perf_counter() - start)
+                elif not mine:
+                    left += 1
+        if not left:
+            return
+        if not worked:
+            time.sleep(5)
+
+
+@contextlib.contextmanager
+def _taken(path):
+    """Take a job unless another process has it; a killed process has none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def _write(path, action):
+    """Have a file written whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    action(beside)
+    beside.replace(path)
+
+
+def _write_json(path, content):
+    _write(path, lambda beside: beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"))
+
+
+# What came out -------------------------------------------------------------------------------------------------------
+
+
+def interval(values):
+    """Give mean and half the width of the 95 % confidence interval (Student's t) of some values."""
+    from scipy import stats
+
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2:
+        return float(values.mean()), float("nan")
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    return float(values.mean()), float(half)
+
+
+def paired(values, reference):
+    """Give mean difference, half the width of its 95 % interval and the p-value of the paired t-test."""
+    from scipy import stats
+
+    difference = np.asarray(values, dtype=float) - np.asarray(reference, dtype=float)
+    mean, half = interval(difference)
+    if len(difference) < 2:
+        return mean, half, float("nan")
+    if np.ptp(difference) == 0:
+        return mean, half, 1.0 if mean == 0 else 0.0
+    return mean, half, float(stats.ttest_rel(values, reference).pvalue)
+
+
+def collect(results, arms, seeds):
+    """Read the results: by arm and seed; `None` where there is none yet."""
+    found = {}
+    for arm in arms:
+        for seed in seeds:
+            path = Path(results) / "runs" / f"{arm}-seed{seed}.json"
+            found[arm, seed] = json.loads(path.read_text()) if path.exists() else None
+    return found
+
+
+def table(config, name, found, seeds, *, reference="pgd_at"):
+    """Write one table in Markdown: mean and 95 % interval over the seeds, paired differences to the reference."""
+    arms = config["tables"][name]["arms"]
+    lines = [
+        "| arm | seeds | clean | PGD-20 | AutoAttack | best epoch: AutoAttack | train PGD-20 | AutoAttack against "
+        f"{config['arms'][reference]['title']} | p | clean against it | trained | s an epoch |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+
+    def done(arm):
+        return {seed: found[arm, seed] for seed in seeds if (found.get((arm, seed)) or {}).get("status") == "done"}
+
+    baseline = done(reference)
+    for arm in arms:
+        runs = done(arm)
+        failed = sum((found.get((arm, seed)) or {}).get("status") == "failed" for seed in seeds)
+        title = config["arms"][arm]["title"]
+        count = f"{len(runs)} of {len(seeds)}" + (f", **{failed} failed**" if failed else "")
+        if not runs:
+            lines.append(f"| {title} | {count} |" + " |" * 10)
+            continue
+        cells = [
+            _percent(interval([run["results"][when][what] for run in runs.values()]))
+            for when, what in (
+                ("last", "clean"),
+                ("last", "pgd20"),
+                ("last", "autoattack"),
+                ("best", "autoattack"),
+                ("last", "train_pgd20"),
+            )
+        ]
+        common = [seed for seed in runs if seed in baseline]
+        against, p, clean = "", "", ""
+        if arm != reference and common:
+            one, other = (
+                {what: [group[seed]["results"]["last"][what] for seed in common] for what in ("autoattack", "clean")}
+                for group in (runs, baseline)
+            )
+            *difference, p_value = paired(one["autoattack"], other["autoattack"])
+            against, p = _percent(difference, signed=True), "" if np.isnan(p_value) else f"{p_value:.3f}"
+            clean = _percent(paired(one["clean"], other["clean"])[:2], signed=True)
+        share = np.mean([run["trainable_share"] for run in runs.values()])
+        seconds = np.median([run["seconds_per_epoch"] for run in runs.values()])
+        lines.append(
+            f"| {title} | {count} | {' | '.join(cells)} | {against} | {p} | {clean} | {100 * share:.2g} % "
+            f"| {seconds:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def _percent(mean_and_half, *, signed=False):
+    mean, half = mean_and_half
+    text = f"{100 * mean:+.1f}" if signed else f"{100 * mean:.1f}"
+    return text if np.isnan(half) else f"{text} ± {100 * half:.1f}"
+
+
+def chosen_values(bench, arms):
+    """Say what tuning tried and chose, in Markdown."""
+    lines = ["| arm | tried | validation PGD-20 | chosen |", "| --- | --- | --- | --- |"]
+    for owner in dict.fromkeys(resolve(bench.config, name)["tuned_by"] for name in arms):
+        values = grid(bench.config["arms"][owner])
+        tuned = bench.tuned(owner)
+        if not values or tuned is None:
+            continue
+        scores = [
+            np.mean([json.loads(bench.tuning_file(owner, v, s).read_text())["pgd20"] for s in bench.preset["tuning_seeds"]])
+            for v in values
+        ]
+        tried = "; ".join(f"{key} {', '.join(f'{v:g}' for v in vs)}" for key, vs in bench.config["arms"][owner]["tune"].items())
+        lines.append(
+            f"| {bench.config['arms'][owner]['title']} | {tried} | {100 * min(scores):.1f} to {100 * max(scores):.1f} | "
+            f"{', '.join(f'{key} {value:g}' for key, value in tuned.items())} |"
+        )
+    return "\n".join(lines)
+
+
+def plot_best_against_last(config, arms, found, seeds, path):
+    """Draw AutoAttack accuracy of the best and the last epoch of every arm, one dot a seed."""
+    from art_clat.plots import new_axes, save
+
+    arms = [arm for arm in arms if any((found[arm, seed] or {}).get("status") == "done" for seed in seeds)]
+    ax = new_axes(width=7.5, height=0.42 * len(arms) + 1.4)
+    for row, arm in enumerate(arms):
+        runs = [found[arm, seed] for seed in seeds if (found[arm, seed] or {}).get("status") == "done"]
+        for when, offset, colour in (("last", -0.13, "C3"), ("best", 0.13, "C0")):
+            values = [100 * run["results"][when]["autoattack"] for run in runs]
+            ax.plot(values, [row + offset] * len(values), "o", color=colour, alpha=0.45, markersize=4)
+            mean, half = interval(values)
+            label = f"{when} epoch" if row == 0 else None
+            ax.errorbar(mean, row + offset, xerr=None if np.isnan(half) else half, fmt="D", color=colour, label=label)
+    ax.set_yticks(range(len(arms)), [config["arms"][arm]["title"] for arm in arms], fontsize=8)
+    ax.invert_yaxis()
+    ax.set_xlabel("AutoAttack accuracy [%]: seeds, mean and 95 % interval")
+    ax.legend(fontsize=8)
+    save(ax, path)
+
+
+def aggregate(bench):
+    """Write results.md and the plots of a preset."""
+    config, seeds = bench.config, bench.preset["seeds"]
+    arms = list(dict.fromkeys(arm for content in config["tables"].values() for arm in content["arms"]))
+    found = collect(bench.results, arms, seeds)
+    runs = [run for run in found.values() if run]
+    if not runs:
+        raise SystemExit(f"There is no result in {bench.results}: `run` makes them.")
+    dates = sorted({run["date"] for run in runs})
+    text = [
+        f"# Results of the preset `{bench.name}`",
+        "Accuracies in percent on test images, of the last epoch unless it says otherwise: mean ± half the 95 % interval "
+        f"(Student's t) over seeds. Every seed draws its own {bench.preset['train_images']} training, "
+        f"{bench.preset['validation_images']} validation and {bench.preset['test_images']} test images; AutoAttack "
+        f"(standard) runs on the first {bench.preset['autoattack_images']} of the latter, PGD-20 on all. Differences are "
+        "paired by seed; p is the paired t-test's, not corrected for the number of arms. *trained* is the mean share of "
+        "the parameters over the selections. The best epoch is that of the highest robust accuracy on validation images.",
+        f"`python evaluation/paper_tables.py run --preset {bench.name} --data DIR` and `… aggregate --preset "
+        f"{bench.name}`, {dates[0]} to {dates[-1]}, {'; '.join(sorted({run['machine'] for run in runs}))}.",
+        f"Versions: {', '.join(f'{key} {value}' for key, value in runs[-1]['versions'].items())}.",
+    ]
+    for name, content in config["tables"].items():
+        text += [f"## {name}. {content['title']}", table(config, name, found, seeds)]
+    text += ["## What tuning chose", chosen_values(bench, arms)]
+    failed = [f"- {run['arm']}, seed {run['seed']}: {run['error']}" for run in runs if run["status"] == "failed"]
+    if failed:
+        text += ["## Failed", "\n".join(failed)]
+    for name, content in config["tables"].items():
+        if any(found[arm, seed] for arm in content["arms"] for seed in seeds):
+            file = f"best-against-last-{name}.png"
+            plot_best_against_last(config, content["arms"], found, seeds, bench.results / file)
+            text += [f"![Best against last epoch, table {name}]({file})"]
+    _write(bench.results / "results.md", lambda path: path.write_text("\n\n".join(text) + "\n", encoding="utf-8"))
+    print("\n\n".join(text))
+
+
+def main():
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("command", choices=("run", "aggregate"))
+    parser.add_argument("--preset", required=True)
+    parser.add_argument("--config", type=Path, default=HERE / "paper_tables.toml")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of torchvision's CIFAR-10")
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "paper_tables")
+    parser.add_argument("--work", type=Path, default=Path("runs/paper_tables"), help="folder for checkpoints")
+    parser.add_argument("--tables", nargs="+", default=None, help="which tables' arms to run; all by default")
+    parser.add_argument("--arms", nargs="+", default=None, help="which arms to run, instead of whole tables")
+    parser.add_argument("--seeds", nargs="+", type=int, default=None, help="which seeds; the preset's by default")
+    parser.add_argument("--retry", action="store_true", help="run failed runs again")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log.setLevel(logging.INFO)
+    config = load_config(args.config)
+    if args.preset not in config["presets"]:
+        parser.error(f"--preset must be one of {', '.join(config['presets'])}, got {args.preset}")
+    bench = Bench(config, args.preset, results=args.results, work=args.work, data=args.data, device=args.device)
+    if args.command == "aggregate":
+        aggregate(bench)
+        return
+    unknown = [name for name in args.tables or () if name not in config["tables"]]
+    unknown += [name for name in args.arms or () if name not in config["arms"]]
+    if unknown:
+        parser.error(f"no such table or arm in {args.config}: {', '.join(unknown)}")
+    tables = args.tables or ([] if args.arms else list(config["tables"]))
+    arms = [*(args.arms or []), *(arm for name in tables for arm in config["tables"][name]["arms"])]
+    run_all(bench, list(dict.fromkeys(arms)), args.seeds or bench.preset["seeds"], retry=args.retry)
+
+
+if __name__ == "__main__":
+    main()
