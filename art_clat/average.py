@@ -25,6 +25,11 @@ class Average:
         self._decay = decay
         self._tensors = {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()}
 
+    def begin(self) -> None:
+        """Begin with the weights as they are."""
+        for name, tensor in named_tensors(self._model).items():
+            self._tensors[name].copy_(tensor.detach())
+
     def update(self, step: int) -> None:
         """
         Take in the weights as they are.

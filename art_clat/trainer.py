@@ -354,7 +354,8 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         network = self._network
         network.ranks = ranks
         drawn = self._draw_seed()
-        progress = keeper.resume() or Progress(seed=drawn)
+        resumed = keeper.resume()
+        progress = resumed or Progress(seed=drawn)
         ranks.check_same({"the checkpoint": (progress.epoch, progress.batch, progress.seed)}, network.device)
         with own_randomness(progress.seed, network.device):
             sample = batches.sample(self.selection_samples, ranks)
@@ -366,6 +367,8 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         with self._as_guest(progress.seed) as freeze, self._accelerated():
             keeper.save(progress)  # a scheduler, say, that cannot be saved is refused before any work is done
             stage = self._begin(None if progress.chosen is None else _named(layers, progress.chosen), freeze)
+            if average is not None and resumed is None:
+                average.begin()  # now that all processes have the first one's weights
             with tqdm(
                 initial=progress.epoch, total=nb_epochs, unit="epoch", disable=not verbose or ranks.rank > 0
             ) as bar:

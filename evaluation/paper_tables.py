@@ -5,9 +5,9 @@ The evidence: arms × seeds from paper_tables.toml, one JSON a run, then tables 
     python evaluation/paper_tables.py aggregate --preset cpu
 
 ``run`` skips what is done, continues what was killed, and may be started several times at once: every job is taken by
-one process. All arms of a seed go on from the same first-stage checkpoint, for as many epochs, with the same data order,
-schedule and attack. λ and learning rate are tuned on validation images with seeds of their own; the test images are
-looked at once, at the end of a run. A run that crashes is recorded as failed, and ``aggregate`` says so.
+one process. All arms of a seed go on from the same first-stage checkpoint, for as many epochs, with the same data
+order, schedule and attack. λ and learning rate are tuned on validation images with seeds of their own; the test images
+are looked at once, at the end of a run. A run that crashes is recorded as failed, and ``aggregate`` says so.
 """
 
 import argparse
@@ -43,6 +43,12 @@ except ModuleNotFoundError:  # Python 3.10
 
 HERE = Path(__file__).parent
 log = logging.getLogger("paper_tables")
+
+AUGMENTATIONS = {
+    "none": None,
+    "flip": v2.RandomHorizontalFlip(),
+    "crop and flip": v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()]),
+}
 
 
 # What is run ---------------------------------------------------------------------------------------------------------
@@ -125,13 +131,12 @@ def make_trainer(model, preset, *, lr, device, seed, **arguments):
         num_random_init=1,
         verbose=False,
     )
-    crop = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()])
     return AdversarialTrainerCLATPyTorch(
         classifier,
         attack,
         seed=seed,
         selection_samples=preset["selection_samples"],
-        augmentation=crop if preset.get("augmentation") else None,
+        augmentation=AUGMENTATIONS[preset.get("augmentation", "none")],
         channels_last=preset.get("channels_last", False),
         amp=preset.get("amp", False),
         **arguments,
@@ -196,7 +201,7 @@ class Bench:
         scheduler = cosine(trainer.classifier.optimizer, first=first, total=self.total)
         trainer.fit(
             *train,
-            validation_data=validation,
+            validation_data=tuple(part[: self.preset.get("validated_images")] for part in validation),
             batch_size=self.preset["batch_size"],
             nb_epochs=epochs,
             scheduler=scheduler,
@@ -229,13 +234,17 @@ class Bench:
         owner = resolve(self.config, name)["tuned_by"]
         if not grid(self.config["arms"][owner]):
             return {}
-        found = {}
-        for values, seed in self.tuning_jobs(owner):
-            path = self.tuning_file(owner, values, seed)
-            if not path.exists():
-                return None
-            found.setdefault(tuple(values.items()), []).append(json.loads(path.read_text())["pgd20"])
+        found = {
+            tuple(values.items()): self.tuning_scores(owner, values) for values in grid(self.config["arms"][owner])
+        }
+        if any(None in scores for scores in found.values()):
+            return None
         return dict(max(found, key=lambda values: np.mean(found[values])))
+
+    def tuning_scores(self, owner, values):
+        """Give the validation PGD-20 accuracy of every tuning seed; `None` for one that is missing."""
+        files = [self.tuning_file(owner, values, seed) for seed in self.preset["tuning_seeds"]]
+        return [json.loads(file.read_text())["pgd20"] if file.exists() else None for file in files]
 
     def run(self, name, seed):
         """Make one run of an arm, evaluate its last and its best epoch, and write the result."""
@@ -327,7 +336,13 @@ def run_all(bench, arms, seeds, *, retry=False):
     """Do every job that is left; those of other processes are waited for only where they are needed."""
     owners = list(dict.fromkeys(resolve(bench.config, name)["tuned_by"] for name in arms))
     jobs = [
-        (f"tune {owner} {values} seed {seed}", bench.tuning_file(owner, values, seed), owner, bench.tune, (values, seed))
+        (
+            f"tune {owner} {values} seed {seed}",
+            bench.tuning_file(owner, values, seed),
+            owner,
+            bench.tune,
+            (values, seed),
+        )
         for owner in owners
         for values, seed in bench.tuning_jobs(owner)
     ]
@@ -492,13 +507,11 @@ def chosen_values(bench, arms):
         tuned = bench.tuned(owner)
         if not values or tuned is None:
             continue
-        scores = [
-            np.mean([json.loads(bench.tuning_file(owner, v, s).read_text())["pgd20"] for s in bench.preset["tuning_seeds"]])
-            for v in values
-        ]
-        tried = "; ".join(f"{key} {', '.join(f'{v:g}' for v in vs)}" for key, vs in bench.config["arms"][owner]["tune"].items())
+        scores = [np.mean(bench.tuning_scores(owner, value)) for value in values]
+        arm = bench.config["arms"][owner]
+        tried = [f"{key} {', '.join(f'{value:g}' for value in options)}" for key, options in arm["tune"].items()]
         lines.append(
-            f"| {bench.config['arms'][owner]['title']} | {tried} | {100 * min(scores):.1f} to {100 * max(scores):.1f} | "
+            f"| {arm['title']} | {'; '.join(tried)} | {100 * min(scores):.1f} to {100 * max(scores):.1f} | "
             f"{', '.join(f'{key} {value:g}' for key, value in tuned.items())} |"
         )
     return "\n".join(lines)
@@ -536,12 +549,13 @@ def aggregate(bench):
     dates = sorted({run["date"] for run in runs})
     text = [
         f"# Results of the preset `{bench.name}`",
-        "Accuracies in percent on test images, of the last epoch unless it says otherwise: mean ± half the 95 % interval "
-        f"(Student's t) over seeds. Every seed draws its own {bench.preset['train_images']} training, "
-        f"{bench.preset['validation_images']} validation and {bench.preset['test_images']} test images; AutoAttack "
-        f"(standard) runs on the first {bench.preset['autoattack_images']} of the latter, PGD-20 on all. Differences are "
-        "paired by seed; p is the paired t-test's, not corrected for the number of arms. *trained* is the mean share of "
-        "the parameters over the selections. The best epoch is that of the highest robust accuracy on validation images.",
+        "Accuracies in percent on test images, of the last epoch unless it says otherwise: mean ± half the 95 % "
+        "interval (Student's t) over seeds. Every seed draws its own "
+        f"{bench.preset['train_images']} training, {bench.preset['validation_images']} validation and "
+        f"{bench.preset['test_images']} test images; AutoAttack (standard) runs on the first "
+        f"{bench.preset['autoattack_images']} of the latter, PGD-20 on all. Differences are paired by seed; p is the "
+        "paired t-test's, not corrected for the number of arms. *trained* is the mean share of the parameters over the "
+        "selections. The best epoch is that of the highest robust accuracy on validation images.",
         f"`python evaluation/paper_tables.py run --preset {bench.name} --data DIR` and `… aggregate --preset "
         f"{bench.name}`, {dates[0]} to {dates[-1]}, {'; '.join(sorted({run['machine'] for run in runs}))}.",
         f"Versions: {', '.join(f'{key} {value}' for key, value in runs[-1]['versions'].items())}.",

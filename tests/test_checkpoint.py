@@ -268,7 +268,9 @@ def test_what_is_written_has_reached_the_disk_before_it_gets_its_name(tmp_path, 
 class TestBest:
     def fit_up_and_down(self, folder=None, **kwargs):
         """A learning rate that grows until everything is lost."""
-        run = make_run(scheduler=lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 2.0), ratio=1.0, warmup=99)
+        run = make_run(
+            scheduler=lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 2.0), ratio=1.0, warmup=99, ema_decay=None
+        )
         fit(run, folder, nb_epochs=8, validation_data=make_data(), **kwargs)
         return run[0]
 

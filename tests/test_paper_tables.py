@@ -1,0 +1,192 @@
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+SCRIPT = Path(__file__).parents[1] / "evaluation" / "paper_tables.py"
+
+spec = importlib.util.spec_from_file_location("paper_tables", SCRIPT)
+paper_tables = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(paper_tables)
+
+CONFIG = paper_tables.load_config(SCRIPT.with_suffix(".toml"))
+ARMS = ["pgd_at", "clat_random", "pgd_at_ema"]
+
+
+def make_bench(folder, **preset):
+    config = {**CONFIG, "presets": {"smoke": {**CONFIG["presets"]["smoke"], **preset}}, "arms": dict(CONFIG["arms"])}
+    config["arms"]["clat"] = {**config["arms"]["clat"], "tune": {"lr": [1.0], "criticality_weight": [0.02, 0.1]}}
+    config["tables"] = {"A": {"title": "Controls", "arms": [*ARMS, "clat"]}}
+    return paper_tables.Bench(config, "smoke", results=folder / "results", work=folder / "work", data=None)
+
+
+def without_circumstances(result):
+    """A result without what two runs of the same may differ in."""
+    history = result.get("history", {"epochs": [], "selections": []})
+    for record in [*history["epochs"], *history["selections"]]:
+        record.pop("seconds")
+    return {key: value for key, value in result.items() if key not in ("date", "machine", "seconds_per_epoch")}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    bench = make_bench(tmp_path_factory.mktemp("bench"))
+    paper_tables.run_all(bench, ARMS, [0, 1])
+    return bench
+
+
+def read(bench, arm, seed):
+    return json.loads(bench.run_file(arm, seed).read_text())
+
+
+class TestConfiguration:
+    def test_every_arm_and_table_is_whole(self):
+        from art_clat import objectives, selection_rules
+
+        for name in CONFIG["arms"]:
+            arm = paper_tables.resolve(CONFIG, name)
+            assert arm["title"] and arm["tuned_by"] in CONFIG["arms"]
+            assert arm.get("trainer", {}).get("selection", "criticality") in selection_rules()
+            assert arm.get("trainer", {}).get("objective", "adversarial") in objectives()
+        for table in CONFIG["tables"].values():
+            assert all(arm in CONFIG["arms"] for arm in table["arms"])
+
+    def test_like_takes_over_all_but_what_is_given(self):
+        config = {
+            "arms": {
+                "a": {"title": "A", "trainer": {"objective": "clean", "budget": 0.1}, "tune": {"lr": [1]}},
+                "b": {"title": "B", "like": "a", "trainer": {"budget": 0.2}, "reselect_every": 3},
+            }
+        }
+        arm = paper_tables.resolve(config, "b")
+        assert arm["trainer"] == {"objective": "clean", "budget": 0.2}
+        assert arm["tuned_by"] == "a" and arm["title"] == "B" and arm["reselect_every"] == 3
+        assert "like" in config["arms"]["b"] and config["arms"]["a"]["trainer"]["budget"] == 0.1
+
+    def test_data_of_a_seed(self):
+        preset = CONFIG["presets"]["smoke"]
+        one, again, other = (paper_tables.load_data(preset, seed, None) for seed in (0, 0, 1))
+        assert all(np.array_equal(a[0], b[0]) and np.array_equal(a[1], b[1]) for a, b in zip(one, again, strict=True))
+        assert not any(np.array_equal(a[0], b[0]) for a, b in zip(one, other, strict=True))
+        images = [{image.tobytes() for image in x} for x, _ in one]
+        assert not images[0] & images[1]  # the few digits that are drawn alike are not among these
+        assert [len(x) for x, _ in one] == [preset[f"{part}_images"] for part in ("train", "validation", "test")]
+
+
+class TestStatistics:
+    @pytest.mark.parametrize("seed", range(3))
+    def test_interval_and_paired_test_against_scipy(self, seed):
+        rng = np.random.default_rng(seed)
+        one, other = rng.normal(0.2, 0.02, 5), rng.normal(0.19, 0.02, 5)
+        mean, half = paper_tables.interval(one)
+        low, high = stats.t.interval(0.95, 4, loc=one.mean(), scale=one.std(ddof=1) / np.sqrt(5))
+        assert (mean - half, mean + half) == pytest.approx((low, high))
+        mean, half, p = paper_tables.paired(one, other)
+        expected = stats.ttest_1samp(one - other, 0)
+        assert p == pytest.approx(expected.pvalue)
+        assert (mean - half, mean + half) == pytest.approx(tuple(expected.confidence_interval(0.95)))
+
+    def test_one_seed_has_no_interval(self):
+        assert np.isnan(paper_tables.interval([0.3])[1]) and np.isnan(paper_tables.paired([0.3], [0.2])[2])
+
+    def test_no_difference_at_all(self):
+        assert paper_tables.paired([0.2, 0.3], [0.2, 0.3]) == (0.0, 0.0, 1.0)
+
+
+class TestRuns:
+    def test_every_arm_begins_where_the_first_stage_ended(self, done):
+        for seed in (0, 1):
+            first = json.loads((done.work / "first" / f"pgd_at-seed{seed}.json").read_text())
+            assert len(first["epochs"]) == 2
+            rates = [first["epochs"][-1]["learning_rate"]] + [
+                record["learning_rate"] for record in read(done, "pgd_at", seed)["history"]["epochs"]
+            ]
+            expected = [0.05 * (1 + np.cos(np.pi * epoch / 4)) / 2 for epoch in (1, 2, 3)]
+            assert rates == pytest.approx(expected)
+
+    def test_results_are_whole_and_of_different_seeds(self, done):
+        for arm in ARMS:
+            one, other = (read(done, arm, seed) for seed in (0, 1))
+            assert one["status"] == other["status"] == "done"
+            assert without_circumstances(one)["history"] != without_circumstances(other)["history"]
+            for when in ("last", "best"):
+                assert 0 <= one["results"][when]["autoattack"] <= one["results"][when]["pgd20_on_autoattack_images"]
+            assert (one["largest_trainable_share"] == 1) == (arm != "clat_random")
+        assert read(done, "clat_random", 0)["tuned"]["criticality_weight"] in (0.02, 0.1)
+
+    def test_what_is_done_is_not_done_again(self, done):
+        files = sorted(done.results.rglob("*.json"))
+        before = [file.stat().st_mtime_ns for file in files]
+        paper_tables.run_all(done, ARMS, [0, 1])
+        assert sorted(done.results.rglob("*.json")) == files
+        assert [file.stat().st_mtime_ns for file in files] == before
+
+    def test_another_configuration_is_refused(self, done):
+        bench = make_bench(done.results.parents[1], lr=0.06)
+        with pytest.raises(SystemExit, match="another configuration"):
+            paper_tables.run_all(bench, ARMS, [0, 1])
+
+    def test_killed_and_run_again_gives_the_same(self, done, tmp_path):
+        config = tmp_path / "config.toml"
+        config.write_text(SCRIPT.with_suffix(".toml").read_text())
+        command = [sys.executable, str(SCRIPT), "run", "--preset", "smoke", "--seeds", "0", "--arms", "pgd_at"]
+        command += ["--results", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
+        killed = []
+        for file in ("first/pgd_at-seed0/last.safetensors", "pgd_at-seed0/last.safetensors"):
+            process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            while process.poll() is None and not (tmp_path / "work" / "smoke" / file).exists():
+                time.sleep(0.002)
+            process.send_signal(signal.SIGKILL)
+            killed.append(process.wait())
+        assert killed == [-signal.SIGKILL] * 2
+        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        again = json.loads((tmp_path / "results" / "smoke" / "runs" / "pgd_at-seed0.json").read_text())
+        assert without_circumstances(again) == without_circumstances(read(done, "pgd_at", 0))
+
+    def test_a_crash_is_recorded_and_shown_and_can_be_tried_again(self, done, tmp_path, monkeypatch):
+        bench = make_bench(tmp_path)
+        second_stage = bench.second_stage
+
+        def crash(arm, seed, **kwargs):
+            if seed == 1:
+                raise FloatingPointError("lost")
+            return second_stage(arm, seed, **kwargs)
+
+        bench.second_stage = crash
+        paper_tables.run_all(bench, ["pgd_at"], [0, 1])
+        assert read(bench, "pgd_at", 1)["status"] == "failed"
+        paper_tables.aggregate(bench)
+        text = (bench.results / "results.md").read_text()
+        assert "| PGD-AT continued | 1 of 2, **1 failed** |" in text
+        assert "- pgd_at, seed 1: FloatingPointError: lost" in text
+        bench.second_stage = second_stage
+        paper_tables.run_all(bench, ["pgd_at"], [0, 1])
+        assert read(bench, "pgd_at", 1)["status"] == "failed"
+        paper_tables.run_all(bench, ["pgd_at"], [0, 1], retry=True)
+        assert without_circumstances(read(bench, "pgd_at", 1)) == without_circumstances(read(done, "pgd_at", 1))
+
+
+def test_table_is_what_the_runs_say(done):
+    found = paper_tables.collect(done.results, [*ARMS, "clat"], [0, 1])
+    text = paper_tables.table(done.config, "A", found, [0, 1])
+    rows = {
+        cells[1].strip(): [cell.strip() for cell in cells[2:]] for cells in (r.split("|") for r in text.split("\n"))
+    }
+    row = rows["CLAT objective on random layers"]
+    runs, reference = ([read(done, arm, seed) for seed in (0, 1)] for arm in ("clat_random", "pgd_at"))
+    clean = [100 * run["results"]["last"]["clean"] for run in runs]
+    assert row[0] == "2 of 2" and row[1].startswith(f"{np.mean(clean):.1f} ± ")
+    against = [
+        100 * (a["results"]["last"]["autoattack"] - b["results"]["last"]["autoattack"])
+        for a, b in zip(runs, reference, strict=True)
+    ]
+    assert row[6].startswith(f"{np.mean(against):+.1f}")
+    assert rows["PGD-AT continued"][6] == "" and rows["CLAT, adversarial reading"][0] == "0 of 2"
