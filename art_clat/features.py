@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 from torch import nn
 
-from art_clat.layers import Layer, feature_tensor
+from art_clat.layers import Layer, Site
+from art_clat.uses import PRODUCTS, WeightUses, tensors_in
 
 
 class _LastFeatureSeen(Exception):
@@ -16,42 +17,55 @@ class _LastFeatureSeen(Exception):
 
 
 @contextmanager
-def tap(
-    layers: Sequence[Layer], on_feature: Callable[[Layer, torch.Tensor], None], *, stop: bool = False
-) -> Iterator[None]:
+def tap(sites: Sequence[Site], show: Callable[[Site, torch.Tensor], None], *, stop: bool = False) -> Iterator[None]:
     """
-    Show each layer's feature to a function in the forward pass that runs in this context.
+    Show the tensors at some sites to a function in the forward pass that runs in this context.
 
-    The function sees the tensor at the moment it is made: an in-place activation that overwrites it later does no
-    harm to what was computed from it, but a function that keeps it must copy it.
+    The function sees a tensor at the moment it is there: an in-place activation that overwrites it later does no harm
+    to what was computed from it, but a function that keeps it must copy it.
 
-    :param layers: The layers to tap.
-    :param on_feature: Called with the layer and its feature, batch first; once for every call of the layer.
-    :param stop: End the forward pass, and with it the context, once every layer has been seen.
+    :param sites: Where to look: at the outputs or inputs of layers.
+    :param show: Called with the site and the tensor, batch first; once for every call.
+    :param stop: End the forward pass, and with it the context, once everything has been seen.
     """
-    left = sum(layer.calls for layer in layers)
+    left = sum(site.calls for site in sites)
 
-    def hook_of(layer: Layer) -> Callable[[nn.Module, object, object], None]:
-        def hook(module: nn.Module, args: object, output: object) -> None:
-            nonlocal left
-            feature = feature_tensor(output)
-            if feature is None:
-                raise RuntimeError(f"Layer {layer.name!r} returned no tensor.")
-            on_feature(layer, feature.movedim(layer.batch_dim, 0))
-            left -= 1
-            if stop and left == 0:
-                raise _LastFeatureSeen
+    def see(site: Site, value: object) -> None:
+        nonlocal left
+        found = list(tensors_in(value))
+        if len(found) <= site.index:
+            raise RuntimeError(f"{type(site.module).__name__} had fewer tensors in this pass than in the one before.")
+        show(site, found[site.index].movedim(site.batch_dim, 0))
+        left -= 1
+        if stop and left == 0:
+            raise _LastFeatureSeen
 
-        return hook
+    def hook_of(site: Site) -> Callable[[nn.Module, object, object, object], None]:
+        return lambda module, args, kwargs, output: see(site, output)
 
-    handles = [layer.output.register_forward_hook(hook_of(layer)) for layer in layers]
-    try:
-        yield
-    except _LastFeatureSeen:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
+    def pre_hook_of(site: Site) -> Callable[[nn.Module, object, object], None]:
+        return lambda module, args, kwargs: see(site, (args, kwargs))
+
+    def used(name: str, parameters: list[nn.Parameter], data: torch.Tensor | None, output: object) -> None:
+        if name in PRODUCTS and data is not None:
+            for site in sites:
+                if site.weight is not None and any(site.weight is parameter for parameter in parameters):
+                    see(site, data if site.enters else output)
+
+    weights = [site.weight for site in sites if site.weight is not None]
+    with ExitStack() as stack:
+        for site in sites:
+            if site.weight is not None:
+                continue
+            if site.enters:
+                handle = site.module.register_forward_pre_hook(pre_hook_of(site), with_kwargs=True)
+            else:
+                handle = site.module.register_forward_hook(hook_of(site), with_kwargs=True)
+            stack.callback(handle.remove)
+        if weights:
+            stack.enter_context(WeightUses(weights, used))
+        with suppress(_LastFeatureSeen):
+            yield
 
 
 class Features:
@@ -59,12 +73,16 @@ class Features:
     The features of a batch at some layers, and how far another forward pass is from them.
 
     :param layers: The layers.
+    :param inputs: Look also at what enters each layer.
     """
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
+    def __init__(self, layers: Sequence[Layer], *, inputs: bool = False) -> None:
         self.layers = list(layers)
-        self._kept: dict[Layer, list[torch.Tensor]] = {}
-        self._distances: dict[Layer, list[torch.Tensor]] = {}
+        self._sites = [layer.output for layer in layers]
+        if inputs:
+            self._sites += [layer.input for layer in layers if layer.input is not None]
+        self._kept: dict[Site, list[torch.Tensor]] = {}
+        self._distances: dict[Site, list[torch.Tensor]] = {}
 
     @contextmanager
     def keep(self, *, stop: bool = False) -> Iterator[None]:
@@ -73,12 +91,12 @@ class Features:
 
         :param stop: End the forward pass after the last layer.
         """
-        self._kept = {layer: [] for layer in self.layers}
+        self._kept = {site: [] for site in self._sites}
 
-        def keep(layer: Layer, feature: torch.Tensor) -> None:
-            self._kept[layer].append(feature.clone())
+        def keep(site: Site, feature: torch.Tensor) -> None:
+            self._kept[site].append(feature.clone())
 
-        with tap(self.layers, keep, stop=stop):
+        with tap(self._sites, keep, stop=stop):
             yield
 
     @contextmanager
@@ -88,13 +106,13 @@ class Features:
 
         :param stop: End the forward pass after the last layer.
         """
-        self._distances = {layer: [] for layer in self.layers}
+        self._distances = {site: [] for site in self._sites}
 
-        def compare(layer: Layer, feature: torch.Tensor) -> None:
-            seen = self._distances[layer]
-            seen.append(_lengths(feature.float() - self._kept[layer][len(seen)].float()))
+        def compare(site: Site, feature: torch.Tensor) -> None:
+            seen = self._distances[site]
+            seen.append(_lengths(feature.float() - self._kept[site][len(seen)].float()))
 
-        with tap(self.layers, compare, stop=stop):
+        with tap(self._sites, compare, stop=stop):
             yield
 
     @contextmanager
@@ -104,13 +122,13 @@ class Features:
 
         :param stop: End the forward pass after the last layer.
         """
-        self._distances = {layer: [] for layer in self.layers}
+        self._distances = {site: [] for site in self._sites}
 
-        def compare(layer: Layer, feature: torch.Tensor) -> None:
+        def compare(site: Site, feature: torch.Tensor) -> None:
             one, other = feature.float().chunk(2)
-            self._distances[layer].append(_lengths(other - one))
+            self._distances[site].append(_lengths(other - one))
 
-        with tap(self.layers, compare, stop=stop):
+        with tap(self._sites, compare, stop=stop):
             yield
 
     def release(self) -> None:
@@ -125,8 +143,19 @@ class Features:
         :param batch_size: Number of samples; a feature may have a multiple of it as its first dimension (windows).
         :return: Shape (`batch_size`,), float32.
         """
-        parts = torch.cat([part.reshape(batch_size, -1) for part in self._distances[layer]], dim=1)
-        return parts[:, 0] if parts.shape[1] == 1 else torch.linalg.vector_norm(parts, dim=1)
+        return self._distance(layer.output, batch_size)
+
+    def input_distance(self, layer: Layer, batch_size: int) -> torch.Tensor:
+        """
+        Give the distance of what enters a layer, sample by sample, as :meth:`distance` does of what leaves it.
+
+        :param layer: One of the layers; the features must have been made with `inputs`.
+        :param batch_size: Number of samples.
+        :return: Shape (`batch_size`,), float32; zeros for a layer that takes no tensor with a batch.
+        """
+        if layer.input is None:
+            return torch.zeros_like(self.distance(layer, batch_size))
+        return self._distance(layer.input, batch_size)
 
     def total_distance(self, batch_size: int) -> torch.Tensor:
         """
@@ -136,6 +165,10 @@ class Features:
         :return: Shape (`batch_size`,), float32.
         """
         return torch.stack([self.distance(layer, batch_size) for layer in self.layers]).sum(dim=0)
+
+    def _distance(self, site: Site, batch_size: int) -> torch.Tensor:
+        parts = torch.cat([part.reshape(batch_size, -1) for part in self._distances[site]], dim=1)
+        return parts[:, 0] if parts.shape[1] == 1 else torch.linalg.vector_norm(parts, dim=1)
 
 
 def _lengths(x: torch.Tensor) -> torch.Tensor:

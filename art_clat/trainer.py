@@ -24,8 +24,9 @@ from art_clat import validation as check
 from art_clat.attacks import OutputAttack
 from art_clat.batches import ArrayBatches, Batch, Batches, GeneratorBatches, augmented
 from art_clat.checkpoint import Checkpoint, Keeper, Progress, describe, fingerprint, fingerprint_of_state, text_of
-from art_clat.criticality import measure
+from art_clat.criticality import check_layers_wanted, measure
 from art_clat.distributed import Part, Ranks
+from art_clat.granularity import Granularity, find_groups
 from art_clat.guest import FiniteGuard, evaluation_mode, own_modes, own_randomness, reseed
 from art_clat.history import EpochRecord, History, SelectionRecord
 from art_clat.layers import Layer, only_trainable, train_only
@@ -84,6 +85,8 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         single_step: bool = False,
         head_eligible: bool = False,
         after_norm: bool = False,
+        granularity: Granularity = "layer",
+        predecessor: str = "execution",
         selection_samples: int = 1024,
         augmentation: Callable[[torch.Tensor], torch.Tensor] | None = None,
         amp: bool = False,
@@ -115,6 +118,11 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         :param after_norm: Take the features of layers that have a norm after it, in the index and in the objective. At
                `False` they are what the convolution itself returns, the literal reading; before a BatchNorm their
                distance can shrink by the weights' scale alone, which changes nothing in what the network computes.
+        :param granularity: What counts as one layer: ``"layer"``, a weighted leaf module with the norm on its output;
+               ``"block"``, timm's own grouping (``group_matcher``); or a list of module names and regular expressions
+               that match whole names. Blocks and modules are trained with all their parameters.
+        :param predecessor: ``"execution"``: the index compares a layer with the one that ran before, as in the paper.
+               ``"input"``: with the tensor that enters it.
         :param selection_samples: Number of training samples, at least 1, that criticality is measured on; drawn once.
         :param augmentation: Transform of a training image of shape (channels, height, width), on the network's device,
                such as one of torchvision's ``transforms.v2``; applied to every image of a batch by itself, before the
@@ -129,7 +137,8 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         :raises TypeError: If `classifier` is not a ``PyTorchClassifier``, `attacks` no evasion attack(s), or
                 `augmentation` cannot be called.
         :raises ValueError: If an argument is out of its range, the classifier has no optimiser or no weighted layer,
-                or an attack is targeted, bound to another classifier, or not usable with ``objective="clean"``.
+                or an attack is targeted, bound to another classifier, or not usable with ``objective="clean"``;
+                `granularity` does not fit the network.
         """
         check.check_classifier(classifier, needs_optimizer=True)
         if isinstance(classifier.optimizer, torch.optim.LBFGS):
@@ -145,6 +154,8 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         check.check_share(critical_fraction, argument="critical_fraction")
         check.check_whole(reselect_every, 1, argument="reselect_every")
         check.check_whole(selection_samples, 1, argument="selection_samples")
+        check_layers_wanted(granularity, predecessor, after_norm=after_norm)
+        find_groups(classifier.model, granularity)
         if seed is not None:
             check.check_seed(seed)
         if augmentation is not None and not callable(augmentation):
@@ -162,6 +173,8 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         self.single_step = single_step
         self.head_eligible = head_eligible
         self.after_norm = after_norm
+        self.granularity = granularity if isinstance(granularity, str) else list(granularity)
+        self.predecessor = predecessor
         self.selection_samples = int(selection_samples)
         self.augmentation = augmentation
         self.amp = amp
@@ -326,7 +339,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         ranks.check_same({"the checkpoint": (progress.epoch, progress.batch, progress.seed)}, network.device)
         with own_randomness(progress.seed, network.device):
             sample = batches.sample(self.selection_samples, ranks)
-            layers = network.find_layers(batches.example(), after_norm=self.after_norm)
+            layers = network.find_layers(batches.example(), after_norm=self.after_norm, granularity=self.granularity)
         eligible = eligible_layers(layers, head_eligible=self.head_eligible)
         self._check_optimizer(None if self.warmup else eligible)
         self.history = history = progress.history
@@ -377,7 +390,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         """Measure every layer (eq. 2, 3) and choose the most critical ones."""
         start = time.perf_counter()
         with own_randomness(progress.seed, self._network.device), self._network.in_float32():
-            measured = measure(self._network, layers, sample, self._attacks[0])
+            measured = measure(self._network, layers, sample, self._attacks[0], predecessor=self.predecessor)
         chosen = most_critical(measured, layers, eligible, fraction=self.critical_fraction)
         parameters = {p for layer in chosen for p in layer.parameters() if p in self._trainable}
         record = SelectionRecord(
@@ -661,6 +674,8 @@ _ARGUMENTS = (
     "single_step",
     "head_eligible",
     "after_norm",
+    "granularity",
+    "predecessor",
     "selection_samples",
     "augmentation",
     "amp",
