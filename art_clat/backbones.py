@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import difflib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import timm
 import torch
-from timm.models.resnet import ResNet
+from timm.layers import PatchEmbed
 from torch import nn
+
+from art_clat import cifar  # noqa: F401  # registers its networks with timm
+from art_clat.guest import evaluation_mode
 
 #: Images with a shorter side up to this are small: a network made for 224 pixels would shrink them to nothing.
 SMALL_SIDE = 64
+
+#: By how much less a network for large images shrinks small ones: what a ResNet's stem does.
+REDUCTION = 4
 
 
 class Normalize(nn.Module):
@@ -58,19 +64,22 @@ def create_backbone(
     """
     Make a timm network that takes images in [0, 1] of a given size, with the normalisation inside.
 
-    For images of up to 64 pixels a ResNet's stem becomes a 3×3 convolution of stride 1 without pooling, and a ViT's
-    patch size an eighth of the shorter side. The result is named as RobustBench names such models: ``normalize``, then
-    ``model``, the timm network itself.
+    A network made for large images begins by shrinking them. For images of up to 64 pixels that is undone by a factor
+    of up to 4: the convolution that reads the image becomes a 3×3 convolution of stride 1, a first pooling goes, other
+    convolutions that halve what is still large get stride 1. Of networks that cut images into patches and are made for
+    one size, patches become smaller by as much, and an eighth of the shorter side where nothing shrinks them further.
+    A network that timm makes for small images stays as it is. The result is named as RobustBench names such models:
+    ``normalize``, then ``model``, the timm network itself.
 
-    :param name: A timm model name, a ResNet's or a ViT's.
+    :param name: A timm model name, those of :mod:`art_clat.cifar` included.
     :param num_classes: Number of classes.
     :param input_size: Channels, height, width.
     :param mean: Mean of each channel, in [0, 1]; `None` for the one timm has for this network.
     :param std: Standard deviation of each channel; `None` for the one timm has for this network.
-    :param kwargs: Passed on to ``timm.create_model``, e.g. ``channels=(16, 32, 64, 128)`` for a narrow ResNet.
+    :param kwargs: Passed on to ``timm.create_model``, e.g. ``channels=(16, 32, 64, 128)`` for a narrow ResNet. With
+           ``img_size`` or ``patch_size`` the network stays as timm makes it with them.
     :return: The network, in training mode.
-    :raises ValueError: If timm does not know the name, sizes are not usable, or small images ask for a stem that this
-            function cannot give the network.
+    :raises ValueError: If timm does not know the name, sizes are not usable, or the network cannot be adapted to them.
     """
     if not isinstance(input_size, (tuple, list)) or len(input_size) != 3 or min(input_size) < 1:
         raise ValueError(f"`input_size` must be (channels, height, width), each at least 1, got {input_size}.")
@@ -79,24 +88,20 @@ def create_backbone(
         similar = difflib.get_close_matches(name.lower().replace("-", ""), timm.list_models(), n=3)
         hint = f"; similar names: {', '.join(similar)}" if similar else ""
         raise ValueError(f"`name` must be a model that timm knows (timm.list_models()), got {name!r}{hint}.")
-    small = min(height, width) <= SMALL_SIDE
+    kwargs = {"num_classes": num_classes, "in_chans": channels, **kwargs}
     config = timm.get_pretrained_cfg(name)
-    if config is not None and config.fixed_input_size:
-        kwargs = {"img_size": (height, width), **kwargs}
-        if small:
-            kwargs = {"patch_size": max(1, min(height, width) // 8), **kwargs}
-    try:
-        model = timm.create_model(name, num_classes=num_classes, in_chans=channels, **kwargs)
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"`name`: timm cannot make {name} with {kwargs}: {error}") from error
-    if small:
-        if isinstance(model, ResNet):
-            _shrink_resnet_stem(model)
-        elif "patch_size" not in kwargs:
-            raise ValueError(
-                f"`name`: images of {height}×{width} need a small stem, which is available for timm's "
-                f"ResNet class and ViTs, got {name} ({type(model).__name__})."
-            )
+    made_for = config.input_size if config is not None else (3, 224, 224)
+    if {"img_size", "patch_size"} & set(kwargs):
+        model = _create(name, {"img_size": (height, width), **kwargs})
+    elif min(height, width) > SMALL_SIDE or min(made_for[1:]) <= SMALL_SIDE:
+        fixed = config is not None and config.fixed_input_size
+        model = _create(name, {"img_size": (height, width), **kwargs} if fixed else kwargs)
+    elif config is not None and config.fixed_input_size:
+        model = _made_for_small_images(name, (height, width), kwargs)
+    else:
+        model = _create(name, kwargs)
+        _keep_resolution(model, name, (channels, *made_for[1:]), num_classes)
+    _check_runs(model, name, (channels, height, width), num_classes)
     return nn.Sequential(
         OrderedDict(
             normalize=Normalize(
@@ -108,15 +113,104 @@ def create_backbone(
     )
 
 
-def _shrink_resnet_stem(model: ResNet) -> None:
-    """Give a ResNet the stem that is usual for CIFAR: a 3×3 convolution of stride 1, and no pooling."""
-    name = model.default_cfg["first_conv"]
-    stem = model.get_submodule(name)
-    conv = nn.Conv2d(stem.in_channels, stem.out_channels, 3, stride=1, padding=1, bias=stem.bias is not None)
-    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, conv)
-    model.maxpool = nn.Identity()
+def _create(name: str, kwargs: dict[str, Any]) -> Any:
+    size = kwargs.get("img_size")
+    if isinstance(size, tuple) and size[0] == size[1]:
+        kwargs = {**kwargs, "img_size": size[0]}  # some take no other
+    try:
+        return timm.create_model(name, **kwargs)
+    except (TypeError, RuntimeError, ValueError, AssertionError) as error:
+        raise ValueError(f"`name`: timm cannot make {name} with {kwargs}: {error}") from error
+
+
+def _check_runs(model: nn.Module, name: str, input_size: tuple[int, ...], num_classes: int) -> None:
+    """Refuse a network that does not take the images, or does not give one row of logits for each."""
+    try:
+        with evaluation_mode(model), torch.no_grad():
+            shape = tuple(model(torch.zeros(2, *input_size)).shape)
+    except Exception as error:  # whatever the network raises
+        raise ValueError(f"`name`: {name} does not take images of {input_size}: {error}") from error
+    if shape != (2, num_classes):
+        raise ValueError(f"`name`: {name} gives {shape} for 2 images of {input_size}, not {(2, num_classes)}.")
+
+
+def _made_for_small_images(name: str, size: tuple[int, int], kwargs: dict[str, Any]) -> Any:
+    """Make a network for one input size as if images were larger, and undo it in its patches or in its stem."""
+    model = _create(name, {key: value for key, value in kwargs.items() if key != "pretrained"})
+    embeddings = [path for path, module in model.named_modules() if isinstance(module, PatchEmbed)]
+    if len(embeddings) != 1:
+        large = (size[0] * REDUCTION, size[1] * REDUCTION)
+        model = _create(name, {**kwargs, "img_size": large})
+        _keep_resolution(model, name, (kwargs["in_chans"], *large), kwargs["num_classes"])
+        return model
+    patch = model.get_submodule(embeddings[0]).patch_size[0]
+    reductions = [stage["reduction"] for stage in getattr(model, "feature_info", [])]
+    shrinks_further = max(reductions, default=patch) > patch
+    small = max(1, patch // REDUCTION if shrinks_further else min(size) // 8)
+    if any(side % small for side in size):
+        raise ValueError(f"`input_size`: {size} cannot be cut into patches of {small}×{small}, for {name}.")
+    model = _create(name, {**kwargs, "img_size": tuple(side // small * patch for side in size)})
+    model.get_submodule(embeddings[0]).set_input_size(img_size=size, patch_size=small)
+    return model
+
+
+def _keep_resolution(model: nn.Module, name: str, input_size: tuple[int, ...], num_classes: int) -> None:
+    """Undo the first halvings of a network's resolution, by a factor of up to `REDUCTION`."""
+    shrinking: list[tuple[str, nn.Module, int, int, tuple[int, ...]]] = []
+    side = min(input_size[1:])
+
+    def hook_of(path: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if not args or not all(isinstance(t, torch.Tensor) and t.ndim == 4 for t in (args[0], output)):
+                return
+            before, after = (round(side / min(t.shape[-2:])) for t in (args[0], output))
+            if before < REDUCTION and after > before:
+                shrinking.append((path, module, before, after, tuple(args[0].shape)))
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(hook_of(path))
+        for path, module in model.named_modules()
+        if hasattr(module, "stride") and next(module.children(), None) is None
+    ]
+    try:
+        _check_runs(model, name, input_size, num_classes)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not shrinking:
+        raise ValueError(
+            f"`name`: {name} ({type(model).__name__}) has no strided convolution or pooling near its input that could "
+            "be adapted to small images."
+        )
+    for path, module, before, after, shape in shrinking:
+        if isinstance(module, nn.Conv2d):
+            _set_stride(module, max(1, after // REDUCTION), shape[1:], reads_image=before == 1)
+        else:
+            parent, _, attribute = path.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, nn.Identity())
+
+
+def _set_stride(conv: nn.Conv2d, stride: int, shape: tuple[int, ...], *, reads_image: bool) -> None:
+    """Give a convolution a stride, and the kernel and padding that go with it."""
+    kernel = conv.kernel_size[0]
+    conv.stride = (stride, stride)
+    if stride > 1:
+        kernel = stride
+    elif kernel % 2 == 0 or (reads_image and kernel > 3):
+        kernel = 3
+    if conv.kernel_size != (kernel, kernel):
+        conv.kernel_size = (kernel, kernel)
+        conv.weight = nn.Parameter(conv.weight.new_empty(*conv.weight.shape[:2], kernel, kernel))
+        conv.reset_parameters()
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    # timm's own convolutions pad by themselves, others as they are told.
+    for padding in (conv.padding, ((kernel - 1) // 2 * conv.dilation[0],) * 2):
+        conv.padding = padding
+        with torch.no_grad():
+            if conv(conv.weight.new_zeros(1, *shape)).shape[-1] == -(-shape[-1] // stride):
+                return
 
 
 def _per_channel(values: Sequence[float] | None, of_timm: Sequence[float], channels: int, argument: str) -> list[float]:

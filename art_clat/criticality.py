@@ -16,6 +16,7 @@ from art.estimators.classification import PyTorchClassifier
 from art_clat.attacks import OutputAttack, in_chunks
 from art_clat.distributed import Part
 from art_clat.features import Features
+from art_clat.granularity import Granularity
 from art_clat.guest import evaluation_mode, own_randomness
 from art_clat.layers import Layer
 from art_clat.network import Network
@@ -30,9 +31,9 @@ class LayerCriticality:
     """
     What was measured of one layer.
 
-    :param name: Name of the layer's weighted module, as in ``classifier.model.named_modules()``.
+    :param name: Name of the layer's weighted module, as in ``classifier.model.named_modules()``, or of the block.
     :param weakness: ε-weakness ``W_ε(F_i)``, eq. 2.
-    :param criticality: Criticality index ``C_i = W_ε(F_i) / W_ε(F_{i−1})``, eq. 3; NaN where the layer before has
+    :param criticality: Criticality index ``C_i = W_ε(F_i) / W_ε(F_{i−1})``, eq. 3; NaN where the predecessor has
            weakness zero.
     :param relative_error: ``R_i = E[‖F_i(x+δ) − F_i(x)‖_2 / ‖F_i(x)‖_2]``, the relative error of LSA (arXiv
            2202.02626). Neither the number nor the scale of a layer's outputs changes it.
@@ -113,6 +114,28 @@ class Criticality(Sequence[LayerCriticality]):
         return ax
 
 
+#: What ``F_{i−1}`` is, see :func:`measure_criticality`.
+PREDECESSORS = ("execution", "input")
+
+
+def check_layers_wanted(granularity: Granularity, predecessor: str, *, after_norm: bool) -> None:
+    """
+    Check the arguments that say what layers are and what comes before each.
+
+    :param granularity: As in :func:`measure_criticality`, like the others.
+    :param predecessor: The predecessor.
+    :param after_norm: Whether features are those after the norm.
+    :raises ValueError: If one has no such value, or the two do not go together.
+    """
+    if predecessor not in PREDECESSORS:
+        raise ValueError(f"`predecessor` must be one of {', '.join(map(repr, PREDECESSORS))}, got {predecessor!r}.")
+    if after_norm and granularity != "layer":
+        raise ValueError(
+            f"`after_norm` asks for `granularity='layer'`, got {granularity!r}: the feature of a block or module is "
+            "what it returns."
+        )
+
+
 def measure_criticality(
     classifier: PyTorchClassifier,
     x: npt.NDArray[np.floating],
@@ -121,6 +144,8 @@ def measure_criticality(
     attack: EvasionAttack,
     batch_size: int = 128,
     after_norm: bool = False,
+    granularity: Granularity = "layer",
+    predecessor: str = "execution",
     seed: int = 0,
 ) -> Criticality:
     """
@@ -131,9 +156,11 @@ def measure_criticality(
     approximated by that one perturbation, as in the paper. The network runs in evaluation mode and comes back as it
     was, the global random generators included.
 
-    A layer is a weighted leaf module with the norm on its output. Layers come in execution order, and ``F_{i−1}`` is
-    the layer that ran before. ``F_0`` is the input as the classifier takes it. A feature is what the weighted module
-    returns, whatever activation runs in place on it afterwards, or what its norm returns with `after_norm`.
+    A layer is a weighted leaf module with the norm on its output, unless `granularity` says otherwise. Layers come in
+    execution order, and ``F_{i−1}`` is the layer that ran before, unless `predecessor` says otherwise. ``F_0`` is the
+    input as the classifier takes it. A feature is what the weighted module returns, whatever activation runs in place
+    on it afterwards, or what its norm returns with `after_norm`. Where other modules use a weight without calling its
+    module, the feature is what the function returns that takes it.
 
     Example::
 
@@ -149,11 +176,17 @@ def measure_criticality(
            the attack's random start).
     :param after_norm: Take the features of layers that have a norm after it. A convolution's scale before a BatchNorm
            is arbitrary, and so is its weakness there; after the norm it is the scale the norm has learned.
+    :param granularity: ``"layer"``: weighted leaf modules. ``"block"``: timm's own grouping of a network's parameters,
+           ``group_matcher``. Or a list of module names and regular expressions that match whole names: each module that
+           matches is a layer. The feature of a block or module is the first tensor it returns.
+    :param predecessor: ``"execution"``: ``F_{i−1}`` is the feature of the layer that ran before, as in the paper.
+           ``"input"``: it is the tensor that enters the layer, of several the first; in a network that is no chain the
+           two differ.
     :param seed: Seed of the attack's random start.
     :return: One entry a layer, in execution order.
     :raises TypeError: If `classifier` is not a ``PyTorchClassifier`` or `attack` not an evasion attack.
     :raises ValueError: If the attack is targeted or bound to another classifier, the data are unusable, the network
-            has no weighted layer, or the attack moved no input.
+            has no weighted layer, `granularity` or `predecessor` do not fit, or the attack moved no input.
     """
     check_classifier(classifier, needs_optimizer=False)
     check_attack(attack, classifier, argument="attack")
@@ -161,12 +194,13 @@ def measure_criticality(
     inputs, labels = check_data(classifier, x, labels_or_any, argument="x", label_argument="y")
     check_whole(batch_size, 1, argument="batch_size")
     check_seed(seed)
+    check_layers_wanted(granularity, predecessor, after_norm=after_norm)
     network = Network(classifier)
     with own_randomness(seed, network.device), evaluation_mode(classifier._model):
-        layers = network.find_layers(inputs, after_norm=after_norm)
+        layers = network.find_layers(inputs, after_norm=after_norm, granularity=granularity)
         parts = labels.split(batch_size) if y is not None else [None] * -(-len(inputs) // batch_size)
         batches = [(x, y, Part(len(x))) for x, y in zip(inputs.split(batch_size), parts, strict=True)]
-        return measure(network, layers, batches, OutputAttack(attack, network))
+        return measure(network, layers, batches, OutputAttack(attack, network), predecessor=predecessor)
 
 
 def measure(
@@ -174,6 +208,8 @@ def measure(
     layers: Sequence[Layer],
     batches: Sequence[tuple[torch.Tensor, torch.Tensor | None, Part]],
     attack: OutputAttack,
+    *,
+    predecessor: str = "execution",
 ) -> Criticality:
     """
     Measure layers on batches that are already tensors; the core of :func:`measure_criticality`.
@@ -182,12 +218,16 @@ def measure(
     :param layers: Its layers in execution order.
     :param batches: Inputs, labels or `None` for the network's own predictions, and which of a whole batch they are.
     :param attack: The output attack that gives δ.
+    :param predecessor: As in :func:`measure_criticality`.
     :return: One entry a layer; on several processes the same in all, over the batches of all.
     :raises ValueError: If the attack moved no input.
     """
-    features = Features(layers, lengths=True)
-    # Of every layer, and of the input, absolute and relative, and the number of samples.
-    sums = torch.zeros(2 * len(layers) + 3, dtype=torch.float64, device=network.device)
+    from_inputs = predecessor == "input"
+    features = Features(layers, inputs=from_inputs, lengths=True)
+    count = len(layers)
+    # Of every layer, and of what enters each if that is wanted, absolute and relative; of the network's input, absolute
+    # and relative; and the number of samples.
+    sums = torch.zeros((4 if from_inputs else 2) * count + 3, dtype=torch.float64, device=network.device)
 
     def distances(x: torch.Tensor, x_adv: torch.Tensor) -> torch.Tensor:
         with features.compare_halves(stop=True):
@@ -196,6 +236,8 @@ def measure(
             [
                 *(features.distance(layer, len(x)) for layer in layers),
                 *(features.relative_distance(layer, len(x)) for layer in layers),
+                *(features.input_distance(layer, len(x)) for layer in layers if from_inputs),
+                *(features.input_distance(layer, len(x), relative=True) for layer in layers if from_inputs),
                 moved := (x_adv - x).flatten(1).norm(dim=1),
                 moved / x.flatten(1).norm(dim=1).clamp(min=torch.finfo(x.dtype).tiny),
                 torch.ones(len(x), device=x.device),
@@ -220,22 +262,28 @@ def measure(
             "`max_iter` is zero."
         )
     input_weakness = input_sum / nb_samples / math.prod(network.classifier.input_shape)
-    weakness = [total / nb_samples / layer.size for total, layer in zip(totals[: len(layers)], layers, strict=True)]
-    relative = [total / nb_samples for total in totals[len(layers) :]]
-    previous = zip([input_weakness, *weakness], [relative_sum / nb_samples, *relative], strict=True)
+    absolute, error, *entering = (
+        [total / nb_samples for total in totals[first : first + count]] for first in range(0, len(totals), count)
+    )
+    weakness = [value / layer.size for value, layer in zip(absolute, layers, strict=True)]
+    before, error_before = [input_weakness, *weakness[:-1]], [relative_sum / nb_samples, *error[:-1]]
+    if from_inputs:
+        sizes = [1 if layer.input is None else layer.input.size for layer in layers]
+        before = [value / size for value, size in zip(entering[0], sizes, strict=True)]
+        error_before = entering[1]
     return Criticality(
         layers=tuple(
             LayerCriticality(
                 name=layer.name,
-                weakness=this,
-                criticality=this / before if before > 0 else math.nan,
-                relative_error=error,
-                relative_criticality=error / error_before if error_before > 0 else math.nan,
+                weakness=weakness[i],
+                criticality=weakness[i] / before[i] if before[i] > 0 else math.nan,
+                relative_error=error[i],
+                relative_criticality=error[i] / error_before[i] if error_before[i] > 0 else math.nan,
                 nb_parameters=layer.nb_parameters,
                 shape=layer.shape,
                 is_head=layer.is_head,
             )
-            for layer, this, error, (before, error_before) in zip(layers, weakness, relative, previous, strict=False)
+            for i, layer in enumerate(layers)
         ),
         input_weakness=input_weakness,
         nb_samples=int(nb_samples),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 from torch import nn
 
-from art_clat.layers import Layer, feature_tensor
+from art_clat.layers import Layer, Site
+from art_clat.uses import PRODUCTS, WeightUses, tensors_in
 
 
 class _LastFeatureSeen(Exception):
@@ -16,42 +17,55 @@ class _LastFeatureSeen(Exception):
 
 
 @contextmanager
-def tap(
-    layers: Sequence[Layer], on_feature: Callable[[Layer, torch.Tensor], None], *, stop: bool = False
-) -> Iterator[None]:
+def tap(sites: Sequence[Site], show: Callable[[Site, torch.Tensor], None], *, stop: bool = False) -> Iterator[None]:
     """
-    Show each layer's feature to a function in the forward pass that runs in this context.
+    Show the tensors at some sites to a function in the forward pass that runs in this context.
 
-    The function sees the tensor at the moment it is made: an in-place activation that overwrites it later does no
-    harm to what was computed from it, but a function that keeps it must copy it.
+    The function sees a tensor at the moment it is there: an in-place activation that overwrites it later does no harm
+    to what was computed from it, but a function that keeps it must copy it.
 
-    :param layers: The layers to tap.
-    :param on_feature: Called with the layer and its feature, batch first; once for every call of the layer.
-    :param stop: End the forward pass, and with it the context, once every layer has been seen.
+    :param sites: Where to look: at the outputs or inputs of layers.
+    :param show: Called with the site and the tensor, batch first; once for every call.
+    :param stop: End the forward pass, and with it the context, once everything has been seen.
     """
-    left = sum(layer.calls for layer in layers)
+    left = sum(site.calls for site in sites)
 
-    def hook_of(layer: Layer) -> Callable[[nn.Module, object, object], None]:
-        def hook(module: nn.Module, args: object, output: object) -> None:
-            nonlocal left
-            feature = feature_tensor(output)
-            if feature is None:
-                raise RuntimeError(f"Layer {layer.name!r} returned no tensor.")
-            on_feature(layer, feature.movedim(layer.batch_dim, 0))
-            left -= 1
-            if stop and left == 0:
-                raise _LastFeatureSeen
+    def see(site: Site, value: object) -> None:
+        nonlocal left
+        found = list(tensors_in(value))
+        if len(found) <= site.index:
+            raise RuntimeError(f"{type(site.module).__name__} had fewer tensors in this pass than in the one before.")
+        show(site, found[site.index].movedim(site.batch_dim, 0))
+        left -= 1
+        if stop and left == 0:
+            raise _LastFeatureSeen
 
-        return hook
+    def hook_of(site: Site) -> Callable[[nn.Module, object, object, object], None]:
+        return lambda module, args, kwargs, output: see(site, output)
 
-    handles = [layer.output.register_forward_hook(hook_of(layer)) for layer in layers]
-    try:
-        yield
-    except _LastFeatureSeen:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
+    def pre_hook_of(site: Site) -> Callable[[nn.Module, object, object], None]:
+        return lambda module, args, kwargs: see(site, (args, kwargs))
+
+    def used(name: str, parameters: list[nn.Parameter], data: torch.Tensor | None, output: object) -> None:
+        if name in PRODUCTS and data is not None:
+            for site in sites:
+                if site.weight is not None and any(site.weight is parameter for parameter in parameters):
+                    see(site, data if site.enters else output)
+
+    weights = [site.weight for site in sites if site.weight is not None]
+    with ExitStack() as stack:
+        for site in sites:
+            if site.weight is not None:
+                continue
+            if site.enters:
+                handle = site.module.register_forward_pre_hook(pre_hook_of(site), with_kwargs=True)
+            else:
+                handle = site.module.register_forward_hook(hook_of(site), with_kwargs=True)
+            stack.callback(handle.remove)
+        if weights:
+            stack.enter_context(WeightUses(weights, used))
+        with suppress(_LastFeatureSeen):
+            yield
 
 
 class Features:
@@ -59,15 +73,19 @@ class Features:
     The features of a batch at some layers, and how far another forward pass is from them.
 
     :param layers: The layers.
-    :param lengths: Whether the length of the features themselves is wanted too, see :meth:`relative_distance`.
+    :param inputs: Look also at what enters each layer.
+    :param lengths: Measure also how long the features themselves are, see :meth:`relative_distance`.
     """
 
-    def __init__(self, layers: Sequence[Layer], *, lengths: bool = False) -> None:
+    def __init__(self, layers: Sequence[Layer], *, inputs: bool = False, lengths: bool = False) -> None:
         self.layers = list(layers)
+        self._sites = [layer.output for layer in layers]
+        if inputs:
+            self._sites += [layer.input for layer in layers if layer.input is not None]
         self._wants_lengths = lengths
-        self._clean_lengths: dict[Layer, list[torch.Tensor]] = {}
-        self._kept: dict[Layer, list[torch.Tensor]] = {}
-        self._distances: dict[Layer, list[torch.Tensor]] = {}
+        self._kept: dict[Site, list[torch.Tensor]] = {}
+        self._distances: dict[Site, list[torch.Tensor]] = {}
+        self._clean_lengths: dict[Site, list[torch.Tensor]] = {}
 
     @contextmanager
     def keep(self, *, stop: bool = False) -> Iterator[None]:
@@ -76,12 +94,12 @@ class Features:
 
         :param stop: End the forward pass after the last layer.
         """
-        self._kept = {layer: [] for layer in self.layers}
+        self._kept = {site: [] for site in self._sites}
 
-        def keep(layer: Layer, feature: torch.Tensor) -> None:
-            self._kept[layer].append(feature.clone())
+        def keep(site: Site, feature: torch.Tensor) -> None:
+            self._kept[site].append(feature.clone())
 
-        with tap(self.layers, keep, stop=stop):
+        with tap(self._sites, keep, stop=stop):
             yield
 
     @contextmanager
@@ -93,10 +111,10 @@ class Features:
         """
         self._begin()
 
-        def compare(layer: Layer, feature: torch.Tensor) -> None:
-            self._compare(layer, self._kept[layer][len(self._distances[layer])].float(), feature.float())
+        def compare(site: Site, feature: torch.Tensor) -> None:
+            self._compare(site, self._kept[site][len(self._distances[site])].float(), feature.float())
 
-        with tap(self.layers, compare, stop=stop):
+        with tap(self._sites, compare, stop=stop):
             yield
 
     @contextmanager
@@ -108,10 +126,10 @@ class Features:
         """
         self._begin()
 
-        def compare(layer: Layer, feature: torch.Tensor) -> None:
-            self._compare(layer, *feature.float().chunk(2))
+        def compare(site: Site, feature: torch.Tensor) -> None:
+            self._compare(site, *feature.float().chunk(2))
 
-        with tap(self.layers, compare, stop=stop):
+        with tap(self._sites, compare, stop=stop):
             yield
 
     def release(self) -> None:
@@ -126,19 +144,32 @@ class Features:
         :param batch_size: Number of samples; a feature may have a multiple of it as its first dimension (windows).
         :return: Shape (`batch_size`,), float32.
         """
-        return _joined(self._distances[layer], batch_size)
+        return _joined(self._distances[layer.output], batch_size)
 
     def relative_distance(self, layer: Layer, batch_size: int) -> torch.Tensor:
         """
         Give ``‖F_i(x+δ) − F_i(x)‖_2 / ‖F_i(x)‖_2`` of every sample; 0 where the feature itself is 0.
 
-        :param layer: One of the layers.
+        :param layer: One of the layers; the features must have been made with `lengths`, as for all that is relative.
         :param batch_size: Number of samples.
         :return: Shape (`batch_size`,), float32.
         """
-        length = _joined(self._clean_lengths[layer], batch_size)
-        zero = length == 0
-        return (self.distance(layer, batch_size) / length.masked_fill(zero, 1)).masked_fill(zero, 0)
+        return self._relative(layer.output, batch_size)
+
+    def input_distance(self, layer: Layer, batch_size: int, *, relative: bool = False) -> torch.Tensor:
+        """
+        Give the distance of what enters a layer, sample by sample, as :meth:`distance` does of what leaves it.
+
+        :param layer: One of the layers; the features must have been made with `inputs`.
+        :param batch_size: Number of samples.
+        :param relative: As :meth:`relative_distance` does.
+        :return: Shape (`batch_size`,), float32; zeros for a layer that takes no tensor with a batch.
+        """
+        if layer.input is None:
+            return torch.zeros_like(self.distance(layer, batch_size))
+        return (
+            self._relative(layer.input, batch_size) if relative else _joined(self._distances[layer.input], batch_size)
+        )
 
     def total_distance(self, batch_size: int) -> torch.Tensor:
         """
@@ -159,13 +190,18 @@ class Features:
         return torch.stack([self.relative_distance(layer, batch_size) for layer in self.layers]).sum(dim=0)
 
     def _begin(self) -> None:
-        self._distances = {layer: [] for layer in self.layers}
-        self._clean_lengths = {layer: [] for layer in self.layers}
+        self._distances = {site: [] for site in self._sites}
+        self._clean_lengths = {site: [] for site in self._sites}
 
-    def _compare(self, layer: Layer, clean: torch.Tensor, perturbed: torch.Tensor) -> None:
-        self._distances[layer].append(_lengths(perturbed - clean))
+    def _compare(self, site: Site, clean: torch.Tensor, perturbed: torch.Tensor) -> None:
+        self._distances[site].append(_lengths(perturbed - clean))
         if self._wants_lengths:
-            self._clean_lengths[layer].append(_lengths(clean))
+            self._clean_lengths[site].append(_lengths(clean))
+
+    def _relative(self, site: Site, batch_size: int) -> torch.Tensor:
+        length = _joined(self._clean_lengths[site], batch_size)
+        zero = length == 0
+        return (_joined(self._distances[site], batch_size) / length.masked_fill(zero, 1)).masked_fill(zero, 0)
 
 
 def _joined(lengths: Sequence[torch.Tensor], batch_size: int) -> torch.Tensor:

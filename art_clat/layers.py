@@ -1,20 +1,24 @@
 """The layers of a network in execution order, and freezing them.
 
 A layer is a leaf module that holds a weight of two or more dimensions (convolution, linear, ...) together with the
-normalisation that consumes its output: the two are trained, or frozen, as one.
+normalisation that consumes its output: the two are trained, or frozen, as one. Or it is a block, or whatever modules
+the user names.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+
+from art_clat.granularity import Granularity, Group, find_groups, outermost
+from art_clat.uses import ELEMENTWISE, PRODUCTS, WeightUses, tensors_in
 
 logger = logging.getLogger(__name__)
 
@@ -24,28 +28,60 @@ PROBE_SIZES = (5, 7)
 
 
 @dataclass(frozen=True, eq=False)
+class Site:
+    """
+    Where a tensor is seen in a forward pass: it enters or leaves a module.
+
+    :param module: The module.
+    :param enters: Whether the tensor enters, or leaves.
+    :param weight: `None`, or the module's weight where other modules use it without calling the module. The tensors are
+           then those that enter and leave the function that takes it.
+    :param index: Which tensor it is of those that enter or leave, the first one that has a batch.
+    :param calls: How often it is seen in one forward pass (more than once when weights are shared).
+    :param shape: Shape for one sample, without the batch dimension.
+    :param size: ``N_i``, the number of elements for one sample over all `calls`.
+    :param batch_dim: Which dimension is the batch. It may be a multiple of the batch (windows).
+    """
+
+    module: nn.Module
+    enters: bool
+    weight: nn.Parameter | None
+    index: int
+    calls: int
+    shape: tuple[int, ...]
+    size: int
+    batch_dim: int
+
+
+@dataclass(frozen=True, eq=False)
 class Layer:
     """
-    One layer of a network: a weighted module and the norm on its output.
+    One layer of a network: a weighted module and the norm on its output, or the modules of a block.
 
-    :param name: Name of the weighted module, as in ``model.named_modules()``.
-    :param modules: The weighted module, then the norms that consume its output.
-    :param output: The module of `modules` whose output is the layer's feature ``F_i(x)``.
-    :param calls: How often the layer runs in one forward pass (more than once when its weights are shared).
-    :param shape: Shape of the feature of one sample, without the batch dimension.
-    :param size: ``N_i``, the number of elements of one sample's feature over all `calls`.
-    :param batch_dim: Which dimension of the feature is the batch. It may be a multiple of the batch (windows).
+    :param name: Name of the weighted module, as in ``model.named_modules()``, or of the block.
+    :param modules: The weighted module, then the norms that consume its output; or the modules of the block.
+    :param output: Where the layer's feature ``F_i(x)`` is seen.
+    :param input: Where the tensor that enters the layer is seen; `None` if nothing with a batch does.
+    :param own: Parameters that belong to the layer and to none of `modules`.
     :param is_head: Whether the layer gives the class scores.
     """
 
     name: str
     modules: tuple[nn.Module, ...]
-    output: nn.Module
-    calls: int
-    shape: tuple[int, ...]
-    size: int
-    batch_dim: int = 0
+    output: Site
+    input: Site | None = None
+    own: tuple[nn.Parameter, ...] = ()
     is_head: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the feature of one sample, without the batch dimension."""
+        return self.output.shape
+
+    @property
+    def size(self) -> int:
+        """``N_i``, the number of elements of one sample's feature, over all calls of the layer."""
+        return self.output.size
 
     def parameters(self) -> list[nn.Parameter]:
         """
@@ -53,7 +89,7 @@ class Layer:
 
         :return: Each parameter once.
         """
-        return list(dict.fromkeys(p for module in self.modules for p in module.parameters()))
+        return list(dict.fromkeys([*(p for module in self.modules for p in module.parameters()), *self.own]))
 
     @property
     def nb_parameters(self) -> int:
@@ -61,40 +97,34 @@ class Layer:
         return sum(p.numel() for p in self.parameters())
 
 
-def feature_tensor(output: object) -> torch.Tensor | None:
-    """
-    Find the tensor in what a module returned: itself, or the first one of a tuple, list or mapping.
-
-    :param output: What a module's ``forward`` returned.
-    :return: The tensor, or `None` where there is none.
-    """
-    if isinstance(output, torch.Tensor):
-        return output
-    values: Iterable[object] = ()
-    if isinstance(output, dict):
-        values = output.values()
-    elif isinstance(output, (tuple, list)):
-        values = output
-    return next((t for t in map(feature_tensor, values) if t is not None), None)
-
-
-def find_layers(model: nn.Module, forward: Callable[[int], torch.Tensor], *, after_norm: bool = False) -> list[Layer]:
+def find_layers(
+    model: nn.Module,
+    forward: Callable[[int], torch.Tensor],
+    *,
+    after_norm: bool = False,
+    granularity: Granularity = "layer",
+) -> list[Layer]:
     """
     Find the layers that run in a forward pass, in the order in which they first run.
 
-    Hooks are removed again; modules that never run are not layers.
+    Hooks are removed again; modules that never run are not layers, nor are those whose weight is only added or a scale.
 
     :param model: The network.
     :param forward: Runs the network on as many samples as it is told and returns its logits.
     :param after_norm: Take a layer's feature after its norm, not from the weighted module. Only where the norm runs on
            this layer's output, every time, and on nothing else.
-    :return: The layers. The last one is marked as the head, and so is what a timm model names as its classifier.
-    :raises ValueError: Where no weighted layer runs.
+    :param granularity: What counts as one layer, see :func:`art_clat.granularity.find_groups`.
+    :return: The layers. The last one is marked as the head, and so is what a timm model names as its classifier; of
+             larger layers those that hold it.
+    :raises ValueError: Where no weighted layer runs, or `granularity` does not fit the network.
     """
+    groups = find_groups(model, granularity)
     small, large = (_Probe.run(model, forward, size) for size in PROBE_SIZES)
     names = {module: name for name, module in model.named_modules()}
     layers = []
-    for module in large.outputs:
+    for module in large.records:
+        if module not in large.weighted:
+            continue
         layer = _make_layer(names[module], module, small, large, after_norm=after_norm)
         if layer is None:
             logger.info("%s has a weight but its output has no batch dimension: it is no layer.", names[module])
@@ -105,7 +135,8 @@ def find_layers(model: nn.Module, forward: Callable[[int], torch.Tensor], *, aft
             "`classifier.model` has no weighted layer: no module with a weight of two or more dimensions "
             "(convolution, linear, ...) ran in its forward pass."
         )
-    return _mark_head(layers, model)
+    layers = _mark_head(layers, model)
+    return layers if groups is None else _larger_layers(groups, layers, small, large, strict=granularity != "block")
 
 
 def is_weighted_model(model: nn.Module) -> bool:
@@ -118,79 +149,146 @@ def is_weighted_model(model: nn.Module) -> bool:
     return any(_is_weighted(module) for module in model.modules())
 
 
-class _Probe:
-    """Records, while a network runs, each weighted module's output shapes and the norms that consumed its output."""
+@dataclass
+class _Record:
+    """What a module did in a forward pass: the shapes of the tensors that entered and left it, call by call."""
 
-    def __init__(self) -> None:
-        self.outputs: dict[nn.Module, list[torch.Size]] = {}
+    inputs: list[list[torch.Size]] = field(default_factory=list)
+    outputs: list[list[torch.Size]] = field(default_factory=list)
+    last: int = 0  # when the last call ended
+    weight: nn.Parameter | None = None  # where the module was not called: the weight of it that was used
+    own: list[nn.Parameter] = field(default_factory=list)  # biases of the use that belong to no such module
+
+    def add(self, entering: object, leaving: object, time: int) -> None:
+        self.inputs.append([tensor.shape for tensor in tensors_in(entering)])
+        self.outputs.append([tensor.shape for tensor in tensors_in(leaving)])
+        self.last = time
+
+
+class _Probe:
+    """Records, while a network runs, what enters and leaves each module, and the norms that consumed its output."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.weighted = _weighted_modules(model)
+        #: What ran, in the order in which it first did.
+        self.records: dict[nn.Module, _Record] = {}
         self.norms: dict[nn.Module, list[nn.Module]] = {}
-        self.norm_shapes: dict[nn.Module, torch.Size] = {}
-        self.norm_calls: dict[nn.Module, int] = {}
+        self._owners: dict[nn.Parameter, list[nn.Module]] = {}
+        for module in self.weighted:
+            for parameter in module.parameters():
+                self._owners.setdefault(parameter, []).append(module)
+        # The functions that took a weight, and those modules whose forward method did or did not do it.
+        self._functions: dict[nn.Module, set[str]] = {}
+        self._called: set[nn.Module] = set()
+        self._time = 0
         # Whose the latest feature is, the feature, and its version. Holding it keeps its memory from being reused, so
         # that equal storage means the same tensor; an unchanged version means that nothing was written into it since.
         self._latest: tuple[nn.Module, torch.Tensor, int] | None = None
 
     @classmethod
     def run(cls, model: nn.Module, forward: Callable[[int], torch.Tensor], batch_size: int) -> _Probe:
-        probe = cls()
-        handles = [
-            module.register_forward_hook(probe._norm_ran if _is_norm(module) else probe._weighted_ran)
-            for module in model.modules()
-            if _is_norm(module) or _is_weighted(module)
-        ]
+        probe = cls(model)
+        handles = [module.register_forward_hook(probe._ran, with_kwargs=True) for module in model.modules()]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), WeightUses(model.parameters(), probe._used):
                 forward(batch_size)
         finally:
             for handle in handles:
                 handle.remove()
         probe._latest = None
+        # A table that is added, or a scale, makes no layer of a module, whatever the shape it is stored in.
+        for module, functions in probe._functions.items():
+            if functions <= ELEMENTWISE and module in probe.weighted:
+                probe.weighted.remove(module)
         return probe
 
-    def _weighted_ran(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
-        feature = feature_tensor(output)
-        if feature is None:
-            return
-        self.outputs.setdefault(module, []).append(feature.shape)
-        self._latest = (module, feature, feature._version)
+    def _ran(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
+        self._time += 1
+        if module not in self._called:
+            self._called.add(module)
+            used = self.records.pop(module, None)  # by its own forward method, up to now
+            self.records[module] = _Record()
+            if used is not None and len(used.outputs) > 1:
+                logger.debug("A weight of %s is used with and without calling it.", type(module).__name__)
+        self.records[module].add((args, kwargs), output, self._time)
+        if _is_norm(module):
+            self._norm_ran(module, args, output)
+        elif module in self.weighted:
+            self._made(module, output)
+
+    def _used(self, name: str, parameters: list[nn.Parameter], data: torch.Tensor | None, output: object) -> None:
+        self._time += 1
+        weights = {owner: p for p in parameters if p.ndim >= 2 for owner in self._owners.get(p, ())}
+        for module, weight in weights.items():
+            self._functions.setdefault(module, set()).add(name)
+            if name in PRODUCTS and data is not None and module not in self._called:
+                record = self.records.setdefault(module, _Record(weight=weight))
+                record.add(data, output, self._time)
+                record.own += [p for p in parameters if p not in self._owners]
+                self._made(module, output)
+
+    def _made(self, module: nn.Module, output: object) -> None:
+        feature = next(tensors_in(output), None)
+        if feature is not None:
+            self._latest = (module, feature, feature._version)
 
     def _norm_ran(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
-        self.norm_calls[module] = self.norm_calls.get(module, 0) + 1
-        entering, leaving = feature_tensor(args), feature_tensor(output)
+        entering, leaving = next(tensors_in(args), None), next(tensors_in(output), None)
         if self._latest is None or entering is None or leaving is None:
             return
         layer, feature, version = self._latest
         untouched = feature._version == version
         if untouched and entering.numel() == feature.numel() and _same_storage(entering, feature):
             self.norms.setdefault(layer, []).append(module)
-            self.norm_shapes[module] = leaving.shape
             self._latest = (layer, leaving, leaving._version)
 
 
 def _make_layer(name: str, module: nn.Module, small: _Probe, large: _Probe, *, after_norm: bool) -> Layer | None:
-    outputs = large.outputs[module]
-    calls = len(outputs)
+    record = large.records[module]
     followers = large.norms.get(module, [])
     norms = list(dict.fromkeys(followers))
-    always = all(followers.count(norm) == calls == large.norm_calls[norm] for norm in norms)
-    if norms and always and after_norm:
-        output, shapes, smaller = norms[-1], [large.norm_shapes[norms[-1]]] * calls, small.norm_shapes[norms[-1]]
-    else:
-        output, shapes, smaller = module, outputs, small.outputs[module][0]
-    batch_dim = _batch_dim(smaller, shapes[0])
-    if batch_dim is None:
+    calls = len(record.outputs)
+    always = all(followers.count(norm) == calls == len(large.records[norm].outputs) for norm in norms)
+    output = _site(norms[-1] if norms and always and after_norm else module, small, large, "outputs")
+    if output is None:
         return None
-    repeats = shapes[0][batch_dim] // PROBE_SIZES[1]
-    sample = (*shapes[0][:batch_dim], *shapes[0][batch_dim + 1 :])
     return Layer(
         name=name,
         modules=(module, *norms),
         output=output,
-        calls=calls,
-        shape=sample if repeats == 1 else (repeats, *sample),
-        size=sum(shape.numel() // PROBE_SIZES[1] for shape in shapes),
-        batch_dim=batch_dim,
+        input=_site(module, small, large, "inputs"),
+        own=tuple(dict.fromkeys(record.own)),
     )
+
+
+def _site(module: nn.Module, small: _Probe, large: _Probe, side: str) -> Site | None:
+    """Find the first tensor with a batch that enters or leaves a module; `None` unless there is one in every call."""
+    if module not in small.records:
+        return None
+    one, other = getattr(small.records[module], side), getattr(large.records[module], side)
+    for index, (smaller, larger) in enumerate(zip(one[0], other[0], strict=False)):
+        batch_dim = _batch_dim(smaller, larger)
+        if batch_dim is None:
+            continue
+        same = all(
+            len(b) > index and len(a) > index and _batch_dim(a[index], b[index]) == batch_dim
+            for a, b in zip(one, other, strict=False)
+        )
+        if len(one) != len(other) or not same:
+            return None
+        repeats = larger[batch_dim] // PROBE_SIZES[1]
+        sample = (*larger[:batch_dim], *larger[batch_dim + 1 :])
+        return Site(
+            module=module,
+            enters=side == "inputs",
+            weight=large.records[module].weight,
+            index=index,
+            calls=len(other),
+            shape=sample if repeats == 1 else (repeats, *sample),
+            size=sum(shapes[index].numel() // PROBE_SIZES[1] for shapes in other),
+            batch_dim=batch_dim,
+        )
+    return None
 
 
 def _batch_dim(small: torch.Size, large: torch.Size) -> int | None:
@@ -201,6 +299,43 @@ def _batch_dim(small: torch.Size, large: torch.Size) -> int | None:
     if len(grown) != 1 or small[grown[0]] * PROBE_SIZES[1] != large[grown[0]] * PROBE_SIZES[0]:
         return None
     return grown[0]
+
+
+def _larger_layers(
+    groups: list[Group], weighted: list[Layer], small: _Probe, large: _Probe, *, strict: bool
+) -> list[Layer]:
+    """Make a layer of each group: what enters the first of its modules to run, and leaves the last."""
+    heads = {layer.modules[0] for layer in weighted if layer.is_head}
+    layers = []
+    for group in groups:
+        sites = {
+            name: site
+            for name, module in group.modules.items()
+            if module in large.records and (site := _site(module, small, large, "outputs")) is not None
+        }
+        ran = sorted((sites[name] for name in outermost(sites)), key=lambda site: large.records[site.module].last)
+        if not ran and strict:
+            raise ValueError(
+                f"`granularity`: {group.name!r} matches, but nothing in it runs in the network's forward pass and "
+                "gives a tensor with a batch."
+            )
+        if not ran:
+            logger.info("%s gives no tensor with a batch: it is no layer.", group.name)
+            continue
+        first = next(module for module in large.records if any(module is site.module for site in ran))
+        layers.append(
+            Layer(
+                name=group.name,
+                modules=tuple(dict.fromkeys(group.modules[name] for name in outermost(group.modules))),
+                output=ran[-1],
+                input=_site(first, small, large, "inputs"),
+                own=group.parameters,
+                is_head=any(head in module.modules() for module in group.modules.values() for head in heads),
+            )
+        )
+    if not layers:
+        raise ValueError("`granularity`: no block of the network gives a tensor with a batch.")
+    return sorted(layers, key=lambda layer: large.records[layer.output.module].last)
 
 
 def _mark_head(layers: list[Layer], model: nn.Module) -> list[Layer]:
@@ -247,6 +382,13 @@ def _same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
+def _weighted_modules(model: nn.Module) -> set[nn.Module]:
+    """Give the modules that hold a weight; of modules within one another the outermost."""
+    weighted = {module for module in model.modules() if _is_weighted(module)}
+    within = {inner for module in weighted for inner in module.modules() if inner is not module}
+    return weighted - within
+
+
 @contextmanager
 def only_trainable(model: nn.Module, layers: Sequence[Layer]) -> Iterator[None]:
     """
@@ -280,7 +422,6 @@ def train_only(model: nn.Module, layers: Sequence[Layer]) -> None:
     :param layers: The layers that are trained.
     """
     model.eval()
-    for layer in layers:
-        for norm in layer.modules[1:]:
-            parameters = list(norm.parameters())
-            norm.train(not parameters or any(p.requires_grad for p in parameters))
+    for norm in {m for layer in layers for module in layer.modules for m in module.modules() if _is_norm(m)}:
+        parameters = list(norm.parameters())
+        norm.train(not parameters or any(p.requires_grad for p in parameters))

@@ -13,6 +13,7 @@ from art.preprocessing.standardisation_mean_std.utils import broadcastable_mean_
 from torch import nn
 
 from art_clat.distributed import Ranks
+from art_clat.granularity import Granularity
 from art_clat.guest import evaluation_mode
 from art_clat.layers import Layer, find_layers, only_trainable
 from art_clat.norms import BatchNorms, Factors
@@ -110,18 +111,24 @@ class Network:
         """
         return y if y.ndim == 2 else nn.functional.one_hot(y, self.nb_classes).float()
 
-    def find_layers(self, x: torch.Tensor, *, after_norm: bool = False) -> list[Layer]:
+    def find_layers(
+        self, x: torch.Tensor, *, after_norm: bool = False, granularity: Granularity = "layer"
+    ) -> list[Layer]:
         """
         Find the network's layers in execution order.
 
         :param x: At least one input, shape (batch, *input_shape).
         :param after_norm: Take features after a layer's norm.
+        :param granularity: What counts as one layer.
         :return: See :func:`art_clat.layers.find_layers`.
         """
         one = x[:1].to(self.device)
         with evaluation_mode(self.model):
             return find_layers(
-                self.model, lambda size: self.logits(one.expand(size, *one.shape[1:])), after_norm=after_norm
+                self.model,
+                lambda size: self.logits(one.expand(size, *one.shape[1:])),
+                after_norm=after_norm,
+                granularity=granularity,
             )
 
     @contextmanager

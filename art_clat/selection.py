@@ -92,6 +92,7 @@ class Candidates:
     :param attack: The trainer's first attack.
     :param seed: Of the run.
     :param round: Which selection of the run it is, counted from 0.
+    :param predecessor: What ``F_{i−1}`` is, as in :func:`art_clat.measure_criticality`.
     """
 
     network: Network
@@ -101,11 +102,12 @@ class Candidates:
     attack: OutputAttack
     seed: int
     round: int
+    predecessor: str = "execution"
 
     @cached_property
     def criticality(self) -> Criticality:
         """The criticality of every layer, measured once."""
-        return measure(self.network, self.layers, self.batches, self.attack)
+        return measure(self.network, self.layers, self.batches, self.attack, predecessor=self.predecessor)
 
     @cached_property
     def adversarial(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:

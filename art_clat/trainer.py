@@ -25,7 +25,9 @@ from art_clat.attacks import OutputAttack
 from art_clat.average import Average
 from art_clat.batches import ArrayBatches, Batch, Batches, GeneratorBatches, augmented
 from art_clat.checkpoint import Checkpoint, Keeper, Progress, describe, fingerprint, fingerprint_of_state, text_of
+from art_clat.criticality import check_layers_wanted
 from art_clat.distributed import Part, Ranks
+from art_clat.granularity import Granularity, find_groups
 from art_clat.guest import FiniteGuard, evaluation_mode, own_modes, own_randomness, reseed
 from art_clat.history import EpochRecord, History, SelectionRecord
 from art_clat.layers import Layer, only_trainable, train_only
@@ -91,6 +93,8 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         ema_decay: float | None = None,
         head_eligible: bool = False,
         after_norm: bool = False,
+        granularity: Granularity = "layer",
+        predecessor: str = "execution",
         selection_samples: int = 1024,
         augmentation: Callable[[torch.Tensor], torch.Tensor] | None = None,
         amp: bool = False,
@@ -133,6 +137,11 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         :param after_norm: Take the features of layers that have a norm after it, in the index and in the objective. At
                `False` they are what the convolution itself returns, the literal reading; before a BatchNorm their
                distance can shrink by the weights' scale alone, which changes nothing in what the network computes.
+        :param granularity: What counts as one layer: ``"layer"``, a weighted leaf module with the norm on its output;
+               ``"block"``, timm's own grouping (``group_matcher``); or a list of module names and regular expressions
+               that match whole names. Blocks and modules are trained with all their parameters.
+        :param predecessor: ``"execution"``: the index compares a layer with the one that ran before, as in the paper.
+               ``"input"``: with the tensor that enters it.
         :param selection_samples: Number of training samples, at least 1, that criticality is measured on; drawn once.
         :param augmentation: Transform of a training image of shape (channels, height, width), on the network's device,
                such as one of torchvision's ``transforms.v2``; applied to every image of a batch by itself, before the
@@ -148,7 +157,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
                 `augmentation` cannot be called.
         :raises ValueError: If an argument is out of its range, the classifier has no optimiser or no weighted layer,
                 or an attack is targeted, bound to another classifier, or not usable with an objective that has an inner
-                attack of its own.
+                attack of its own; `granularity` does not fit the network.
         """
         check.check_classifier(classifier, needs_optimizer=True)
         if isinstance(classifier.optimizer, torch.optim.LBFGS):
@@ -174,6 +183,8 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
             raise ValueError(f"`ema_decay` must be a number in (0, 1), or None, got {ema_decay!r}.")
         check.check_whole(reselect_every, 1, argument="reselect_every")
         check.check_whole(selection_samples, 1, argument="selection_samples")
+        check_layers_wanted(granularity, predecessor, after_norm=after_norm)
+        find_groups(classifier.model, granularity)
         if seed is not None:
             check.check_seed(seed)
         if augmentation is not None and not callable(augmentation):
@@ -189,6 +200,8 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         self.ema_decay = ema_decay
         self.head_eligible = head_eligible
         self.after_norm = after_norm
+        self.granularity = granularity if isinstance(granularity, str) else list(granularity)
+        self.predecessor = predecessor
         self.selection_samples = int(selection_samples)
         self.augmentation = augmentation
         self.amp = amp
@@ -359,7 +372,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         ranks.check_same({"the checkpoint": (progress.epoch, progress.batch, progress.seed)}, network.device)
         with own_randomness(progress.seed, network.device):
             sample = batches.sample(self.selection_samples, ranks)
-            layers = network.find_layers(batches.example(), after_norm=self.after_norm)
+            layers = network.find_layers(batches.example(), after_norm=self.after_norm, granularity=self.granularity)
         eligible = eligible_layers(layers, head_eligible=self.head_eligible)
         self._check_budget(eligible)
         self._check_optimizer(None if self.warmup else eligible)
@@ -419,6 +432,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
             self._attacks[0],
             seed=progress.seed,
             round=len(self.history.selections),
+            predecessor=self.predecessor,
         )
         with own_randomness(progress.seed, self._network.device), self._network.in_float32():
             measured = candidates.criticality
@@ -729,6 +743,8 @@ _ARGUMENTS = (
     "ema_decay",
     "head_eligible",
     "after_norm",
+    "granularity",
+    "predecessor",
     "selection_samples",
     "augmentation",
     "amp",

@@ -140,7 +140,7 @@ class Bench:
             for layer in layers:
 
                 def up_to_here(layer=layer):
-                    with tap([layer], lambda *_: None, stop=True):
+                    with tap([layer.output], lambda *_: None, stop=True):
                         classifier.model(x)
 
                 shares[layer.name] = flops(up_to_here) / whole

@@ -69,7 +69,7 @@ class TestSameResults:
             inputs = z.clone().requires_grad_()
             with objective.features.keep(stop=stop):
                 network.logits(clean)
-            kept = objective.features._kept[layers[which]][0].detach()
+            kept = objective.features._kept[layers[which].output][0].detach()
             with objective.features.compare(stop=stop):
                 network.logits(inputs)
             distance = objective.features.total_distance(32)

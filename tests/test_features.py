@@ -17,7 +17,7 @@ def test_kept_features_are_not_overwritten_in_place(chain, layers):
     with features.keep():
         chain(x)
     for layer in layers:
-        torch.testing.assert_close(features._kept[layer][0], chain.features(x)[layer.name])
+        torch.testing.assert_close(features._kept[layer.output][0], chain.features(x)[layer.name])
 
 
 def test_distances_are_those_of_the_features(chain, layers):
@@ -50,7 +50,7 @@ def test_stopping_gives_the_same_features_and_input_gradients_bit_for_bit(chain,
 def test_stopping_runs_nothing_after_the_last_layer(chain, layers):
     ran = []
     chain.hidden.register_forward_hook(lambda *_: ran.append("hidden"))
-    with tap(layers[:2], lambda layer, feature: None, stop=True):
+    with tap([layer.output for layer in layers[:2]], lambda site, feature: None, stop=True):
         chain(torch.rand(2, *INPUT_SHAPE))
     assert ran == []
 
@@ -67,6 +67,6 @@ def test_gradient_at_zero_distance_is_zero_not_nan(chain, layers):
 
 
 def test_hooks_are_gone_also_after_an_exception(chain, layers):
-    with pytest.raises(KeyboardInterrupt), tap(layers, lambda layer, feature: None):
+    with pytest.raises(KeyboardInterrupt), tap([layer.output for layer in layers], lambda site, feature: None):
         raise KeyboardInterrupt
     assert not any(module._forward_hooks for module in chain.modules())

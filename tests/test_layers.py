@@ -76,7 +76,7 @@ def test_norm_of_another_tensor_belongs_to_no_layer():
 def test_feature_is_taken_before_or_after_the_norm(after_norm):
     model = Normed()
     layer = layers_of(model, 2, 6, 6, after_norm=after_norm)[0]
-    assert layer.output is (model.bn1 if after_norm else model.conv1)
+    assert layer.output.module is (model.bn1 if after_norm else model.conv1)
 
 
 def test_shared_layer_is_one_layer_that_runs_twice():
@@ -89,8 +89,8 @@ def test_shared_layer_is_one_layer_that_runs_twice():
             return self.head(self.fc(self.fc(x).relu()))
 
     first, head = layers_of(Shared(), 6)
-    assert (first.name, first.calls, first.size) == ("fc", 2, 12)
-    assert (head.calls, head.size) == (1, 4)
+    assert (first.name, first.output.calls, first.size) == ("fc", 2, 12)
+    assert (head.output.calls, head.size) == (1, 4)
 
 
 def test_module_that_never_runs_and_tables_without_a_batch_are_no_layers():
@@ -173,7 +173,7 @@ def test_batch_may_be_the_second_dimension(length):
     model = SequenceFirst().eval()
     layers = {layer.name: layer for layer in layers_of(model, length, 3)}
     assert list(layers) == ["embed", "encoder.self_attn", "encoder.linear1", "encoder.linear2", "head"]
-    assert (layers["encoder.linear1"].batch_dim, layers["encoder.linear1"].shape) == (1, (length, 16))
+    assert (layers["encoder.linear1"].output.batch_dim, layers["encoder.linear1"].shape) == (1, (length, 16))
     x, z, features = torch.rand(3, length, 3), torch.rand(3, length, 3), Features([layers["encoder.linear1"]])
     outputs = []
     model.encoder.linear1.register_forward_hook(lambda module, args, output: outputs.append(output))
@@ -256,7 +256,7 @@ def test_norm_shared_by_two_layers_gives_neither_its_feature():
 
     model = Shared()
     one, two, _ = layers_of(model, 2, 6, 6, after_norm=True)
-    assert (one.output, two.output) == (model.one, model.two)
+    assert (one.output.module, two.output.module) == (model.one, model.two)
 
 
 def test_norm_that_its_owner_has_frozen_keeps_its_statistics():

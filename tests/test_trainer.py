@@ -368,7 +368,7 @@ class TestArgumentsArrive:
         trainer.fit(*data, batch_size=48, nb_epochs=1, **QUIET)
         (objective,) = seen
         assert objective.single_step
-        assert isinstance(objective.features.layers[0].output, nn.BatchNorm2d)
+        assert isinstance(objective.features.layers[0].output.module, nn.BatchNorm2d)
 
     def test_drop_last(self, chain, data):
         sizes = []

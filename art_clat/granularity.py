@@ -1,0 +1,148 @@
+"""What counts as one layer, by names: weighted modules, timm's blocks, or modules that the user names."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from timm.models import group_parameters
+from torch import nn
+
+#: ``"layer"``, ``"block"``, or names of modules and regular expressions.
+Granularity = str | Sequence[str]
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """
+    Parameters that are trained, or frozen, as one layer.
+
+    :param name: The name of the module that holds them, or of the first and the last one that do.
+    :param modules: By name, the modules with these parameters and no others; a module comes before those within it.
+    :param parameters: The parameters.
+    """
+
+    name: str
+    modules: dict[str, nn.Module]
+    parameters: tuple[nn.Parameter, ...]
+
+
+def find_groups(model: nn.Module, granularity: Granularity) -> list[Group] | None:
+    """
+    Group a network's parameters into layers.
+
+    timm's grouping is the one that its models give to optimisers for layer-wise learning rates, ``group_matcher``: it
+    is there for nearly all of them and covers every parameter. The modules of ``forward_intermediates`` would be fewer,
+    leave out stem and head, and be there for fewer models.
+
+    :param model: The network; timm's may be anywhere within it.
+    :param granularity: ``"block"`` for timm's grouping, or names of modules and regular expressions that match whole
+           names. Each module that matches is a layer. ``"layer"`` groups nothing.
+    :return: The groups, each with a parameter; `None` for ``"layer"``.
+    :raises TypeError: If `granularity` is no string and no sequence of strings.
+    :raises ValueError: If timm has no grouping for the network, or a name or expression is unusable: it matches
+            nothing, no module with parameters, or a module within another that matches.
+    """
+    if isinstance(granularity, str):
+        if granularity == "layer":
+            return None
+        if granularity == "block":
+            return _blocks(model)
+        raise ValueError(
+            "`granularity` must be 'layer', 'block' or a list of module names and regular expressions, "
+            f"got {granularity!r}; the list for one module is [{granularity!r}]."
+        )
+    if not isinstance(granularity, Sequence) or not all(isinstance(entry, str) for entry in granularity):
+        raise TypeError(
+            "`granularity` must be 'layer', 'block' or a list of module names and regular expressions, "
+            f"got {granularity!r}."
+        )
+    return _matching(model, granularity)
+
+
+def _blocks(model: nn.Module) -> list[Group]:
+    announcing = (
+        (prefix, module) for prefix, module in model.named_modules() if callable(getattr(module, "group_matcher", None))
+    )
+    prefix, module = next(announcing, ("", None))
+    if module is None:
+        raise ValueError(
+            f"`granularity='block'` asks timm how it groups the network, and {type(model).__name__} has no "
+            "`group_matcher`; 'layer' and a list of module names are accepted."
+        )
+    within = f"{prefix}." if prefix else ""
+    numbers = group_parameters(module, module.group_matcher(coarse=False), reverse=True)
+    group_of = {f"{within}{name}": number for name, number in numbers.items()}
+    # The numbers of the groups within every module.
+    held: dict[str, set[int]] = {}
+    for parameter, number in group_of.items():
+        name = parameter
+        while name := name.rpartition(".")[0]:
+            held.setdefault(name, set()).add(number)
+    modules = dict(model.named_modules())
+    parameters = dict(model.named_parameters())
+    groups = []
+    for number in sorted(set(group_of.values())):
+        own = {name: module for name, module in modules.items() if held.get(name) == {number} and name != prefix}
+        names = outermost(own) or [name for name, group in group_of.items() if group == number]
+        groups.append(
+            Group(
+                name=names[0] if len(names) == 1 else f"{names[0]}...{names[-1]}",
+                modules=own,
+                parameters=tuple(parameters[name] for name, group in group_of.items() if group == number),
+            )
+        )
+    return groups
+
+
+def _matching(model: nn.Module, patterns: Sequence[str]) -> list[Group]:
+    if not patterns:
+        raise ValueError("`granularity` is an empty list; at least one module name or regular expression is needed.")
+    modules = {name: module for name, module in model.named_modules() if name}
+    chosen: dict[str, nn.Module] = {}
+    for pattern in patterns:
+        matches = [pattern] if pattern in modules else _full_matches(pattern, modules)
+        if not matches:
+            similar = difflib.get_close_matches(pattern, modules, n=3, cutoff=0.4)
+            hint = f" Close to it: {', '.join(map(repr, similar))}." if similar else ""
+            raise ValueError(f"`granularity`: {pattern!r} matches no module of the network.{hint}")
+        weighted = [name for name in matches if next(modules[name].parameters(), None) is not None]
+        if not weighted:
+            raise ValueError(f"`granularity`: {pattern!r} matches only modules without parameters, {matches[0]!r} say.")
+        chosen |= {name: modules[name] for name in weighted}
+    for name in chosen:
+        outer = next((other for other in chosen if name.startswith(f"{other}.")), None)
+        if outer is not None:
+            raise ValueError(f"`granularity`: {name!r} is within {outer!r}, and both match; a layer holds no other.")
+    return [
+        Group(
+            name=name,
+            modules={name: module} | {f"{name}.{inner}": child for inner, child in module.named_modules() if inner},
+            parameters=tuple(module.parameters()),
+        )
+        for name, module in chosen.items()
+    ]
+
+
+def _full_matches(pattern: str, names: dict[str, nn.Module]) -> list[str]:
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"`granularity`: {pattern!r} is no module name and no regular expression: {error}.") from error
+    return [name for name in names if expression.fullmatch(name)]
+
+
+def outermost(modules: Mapping[str, object]) -> list[str]:
+    """
+    Leave out modules that are within others.
+
+    :param modules: Modules by name.
+    :return: The names of those that are left.
+    """
+    return [
+        name
+        for name in modules
+        if not any(name[:end] in modules for end, character in enumerate(name) if character == ".")
+    ]
