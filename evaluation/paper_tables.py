@@ -2,12 +2,14 @@
 The evidence: arms × seeds from paper_tables.toml, one JSON a run, then tables and plots of what came out.
 
     python evaluation/paper_tables.py run --preset cpu --data data --tables A B C
+    python evaluation/paper_tables.py stability --preset cpu --data data
     python evaluation/paper_tables.py aggregate --preset cpu
 
 ``run`` skips what is done, continues what was killed, and may be started several times at once: every job is taken by
 one process. All arms of a seed go on from the same first-stage checkpoint, for as many epochs, with the same data
 order, schedule and attack. λ and learning rate are tuned on validation images with seeds of their own; the test images
 are looked at once, at the end of a run. A run that crashes is recorded as failed, and ``aggregate`` says so.
+``stability`` measures the criticality of the first stages' layers again and again, for table E.
 """
 
 import argparse
@@ -28,13 +30,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from art.attacks.evasion import ProjectedGradientDescent
+from art.attacks.evasion import AutoProjectedGradientDescent, FastGradientMethod, ProjectedGradientDescent
 from art.estimators.classification import PyTorchClassifier
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.transforms import v2
 
-from art_clat import AdversarialTrainerCLATPyTorch, create_backbone, evaluate_robustness
+from art_clat import AdversarialTrainerCLATPyTorch, create_backbone, evaluate_robustness, measure_criticality
 
 try:
     import tomllib
@@ -282,6 +284,31 @@ class Bench:
         """Say where a run's result is kept."""
         return self.results / "runs" / f"{name}-seed{seed}.json"
 
+    def measure(self, seed):
+        """Measure criticality after the first stage on more and fewer samples and with other attacks (table E)."""
+        (x, y), _, _ = load_data(self.preset, seed, self.data)
+        model = make_model(self.preset, seed)
+        model.load_state_dict(load_file(self.first_stage(seed)))
+        trainer = make_trainer(model, self.preset, lr=self.preset["lr"], device=self.device, seed=seed)
+        classifier, eps = trainer.classifier, self.preset["eps"]
+        largest = min(self.preset["selection_samples"], len(x))
+        measurements = {f"PGD, {n} samples": (trainer.attacks[0], n) for n in (16, 64, 256) if n < largest}
+        measurements[f"PGD, {largest} samples"] = (trainer.attacks[0], largest)
+        measurements[f"FGSM, {largest} samples"] = (FastGradientMethod(classifier, eps=eps), largest)
+        apgd = AutoProjectedGradientDescent(classifier, eps=eps, eps_step=eps / 4, max_iter=10, verbose=False)
+        few = min(64, largest)
+        measurements[f"APGD, {few} samples"] = (apgd, few)
+        result = {"seed": seed, "measured": {}, **self._setting({})}
+        for title, (attack, number) in measurements.items():
+            measured = measure_criticality(classifier, x[:number], y[:number], attack=attack, seed=seed)
+            result["layers"] = [layer.name for layer in measured if not layer.is_head]
+            result["measured"][title] = [layer.criticality for layer in measured if not layer.is_head]
+        _write_json(self.stability_file(seed), result)
+
+    def stability_file(self, seed):
+        """Say where a seed's measurements of criticality are kept."""
+        return self.results / "stability" / f"seed{seed}.json"
+
     def _measure(self, model, train, test, seed):
         wide = self._evaluate(model, *test, autoattack=None, seed=seed)
         number = self.preset["autoattack_images"]
@@ -493,6 +520,28 @@ def table(config, name, found, seeds, *, reference="pgd_at"):
     return "\n".join(lines)
 
 
+def stability_table(measurements):
+    """Compare measurements of criticality, the head left out: rank correlation, and whether the same layer wins."""
+    from scipy import stats
+
+    def compared(pairs):
+        correlations = [stats.spearmanr(one, other).statistic for one, other in pairs]
+        same = np.mean([np.argmax(one) == np.argmax(other) for one, other in pairs])
+        return f"{np.mean(correlations):.2f} ({min(correlations):.2f} to {max(correlations):.2f}) | {100 * same:.0f} %"
+
+    every = [entry["measured"] for entry in measurements]
+    reference = max((title for title in every[0] if title.startswith("PGD")), key=lambda title: int(title.split()[1]))
+    lines = ["| compared with each other | Spearman's ρ: mean (range) | same first choice |", "| --- | --- | --- |"]
+    if len(every) > 1:
+        pairs = [(a[reference], b[reference]) for a, b in itertools.combinations(every, 2)]
+        lines.append(f"| two seeds, {reference} | {compared(pairs)} |")
+    for title in every[0]:
+        if title != reference:
+            pairs = [(one[title], one[reference]) for one in every]
+            lines.append(f"| {title}, and {reference}, the same network | {compared(pairs)} |")
+    return "\n".join(lines)
+
+
 def _percent(mean_and_half, *, signed=False):
     mean, half = mean_and_half
     text = f"{100 * mean:+.1f}" if signed else f"{100 * mean:.1f}"
@@ -562,6 +611,10 @@ def aggregate(bench):
     ]
     for name, content in config["tables"].items():
         text += [f"## {name}. {content['title']}", table(config, name, found, seeds)]
+    measurements = [bench.stability_file(seed) for seed in seeds if bench.stability_file(seed).exists()]
+    if measurements:
+        measurements = [json.loads(file.read_text()) for file in measurements]
+        text += ["## E. Stability of the index", stability_table(measurements)]
     text += ["## What tuning chose", chosen_values(bench, arms)]
     failed = [f"- {run['arm']}, seed {run['seed']}: {run['error']}" for run in runs if run["status"] == "failed"]
     if failed:
@@ -578,7 +631,7 @@ def aggregate(bench):
 def main():
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("command", choices=("run", "aggregate"))
+    parser.add_argument("command", choices=("run", "stability", "aggregate"))
     parser.add_argument("--preset", required=True)
     parser.add_argument("--config", type=Path, default=HERE / "paper_tables.toml")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of torchvision's CIFAR-10")
@@ -598,6 +651,11 @@ def main():
     bench = Bench(config, args.preset, results=args.results, work=args.work, data=args.data, device=args.device)
     if args.command == "aggregate":
         aggregate(bench)
+        return
+    if args.command == "stability":
+        for seed in args.seeds or bench.preset["seeds"]:
+            if not bench.stability_file(seed).exists():
+                bench.measure(seed)
         return
     unknown = [name for name in args.tables or () if name not in config["tables"]]
     unknown += [name for name in args.arms or () if name not in config["arms"]]

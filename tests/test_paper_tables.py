@@ -190,3 +190,23 @@ def test_table_is_what_the_runs_say(done):
     ]
     assert row[6].startswith(f"{np.mean(against):+.1f}")
     assert rows["PGD-AT continued"][6] == "" and rows["CLAT, adversarial reading"][0] == "0 of 2"
+
+
+def test_stability(done):
+    for seed in (0, 1):
+        done.measure(seed)
+    measurements = [json.loads(done.stability_file(seed).read_text()) for seed in (0, 1)]
+    for entry in measurements:
+        assert set(entry["measured"]) == {
+            "PGD, 16 samples", "PGD, 32 samples", "FGSM, 32 samples", "APGD, 32 samples"
+        }  # fmt: skip
+        assert all(len(values) == len(entry["layers"]) for values in entry["measured"].values())
+    text = paper_tables.stability_table(measurements)
+    one, other = (entry["measured"]["PGD, 32 samples"] for entry in measurements)
+    assert f"| two seeds, PGD, 32 samples | {stats.spearmanr(one, other).statistic:.2f} " in text
+    made_up = [
+        {"measured": {"PGD, 8 samples": [1, 2, 3], "PGD, 64 samples": values}} for values in ([1, 2, 3], [3, 2, 1])
+    ]
+    text = paper_tables.stability_table(made_up)
+    assert "| two seeds, PGD, 64 samples | -1.00 (-1.00 to -1.00) | 0 % |" in text
+    assert "| PGD, 8 samples, and PGD, 64 samples, the same network | 0.00 (-1.00 to 1.00) | 50 % |" in text
