@@ -687,6 +687,11 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
 
     def _check_scheduler(self, scheduler: object) -> None:
         if scheduler is None:
+            if all(group["lr"] == 0 for group in self._classifier.optimizer.param_groups):
+                raise ValueError(
+                    "`classifier.optimizer` has the learning rate 0, where ART's fast-is-better-than-free trainer "
+                    "leaves it, and there is no `scheduler` to raise it: nothing would be trained."
+                )
             return
         if not isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
             raise TypeError(

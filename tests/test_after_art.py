@@ -59,6 +59,10 @@ def test_goes_on_from_there(data, make):
     assert all(not torch.equal(trained[name], before[name]) for name, _ in model.named_parameters())
 
     trainer = AdversarialTrainerCLATPyTorch(classifier, make_attack(classifier), seed=0)
+    if make is fbf:
+        with pytest.raises(ValueError, match="learning rate 0"):
+            trainer.fit(*data, batch_size=16, nb_epochs=1, verbose=False)
+        classifier.optimizer.param_groups[0]["lr"] = 0.05
     trainer.fit(*data, batch_size=16, nb_epochs=1, verbose=False)
     (chosen,) = trainer.history.selections[0].chosen
     layer = {f"{chosen}.weight", f"{chosen.replace('conv', 'bn')}.weight", f"{chosen.replace('conv', 'bn')}.bias"}
