@@ -90,13 +90,12 @@ def create_backbone(
         raise ValueError(f"`name` must be a model that timm knows (timm.list_models()), got {name!r}{hint}.")
     kwargs = {"num_classes": num_classes, "in_chans": channels, **kwargs}
     config = timm.get_pretrained_cfg(name)
-    made_for = config.input_size if config is not None else (3, 224, 224)
-    if {"img_size", "patch_size"} & set(kwargs):
-        model = _create(name, {"img_size": (height, width), **kwargs})
-    elif min(height, width) > SMALL_SIDE or min(made_for[1:]) <= SMALL_SIDE:
-        fixed = config is not None and config.fixed_input_size
+    made_for = (3, 224, 224) if config is None else config.input_size
+    fixed = config is not None and config.fixed_input_size
+    told = {"img_size", "patch_size"} & set(kwargs)
+    if told or min(height, width) > SMALL_SIDE or min(made_for[1:]) <= SMALL_SIDE:
         model = _create(name, {"img_size": (height, width), **kwargs} if fixed else kwargs)
-    elif config is not None and config.fixed_input_size:
+    elif fixed:
         model = _made_for_small_images(name, (height, width), kwargs)
     else:
         model = _create(name, kwargs)

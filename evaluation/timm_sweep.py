@@ -41,15 +41,18 @@ from art_clat.features import Features
 from art_clat.guest import evaluation_mode
 from art_clat.layers import only_trainable
 from art_clat.network import Network
+from art_clat.selection import eligible_layers, most_critical
 
 NB_CLASSES, NB_IMAGES, EPS = 10, 4, 8 / 255
 SIDES = (32, 64, 96, 128, 160, 192, 224, 256)
+#: The modules of ``timm.models``; others may have registered models too.
+FAMILIES = [name for name in timm.list_modules() if hasattr(timm.models, name)]
 
 CHECKS = """\
 - `measure_criticality` gives every layer a weakness, finite and above zero for at least one layer, and a chosen one.
 - A layer's distances, sample by sample, are those that each sample has in a batch of its own.
-- Features, distances and input gradients of a pass that stops after a layer (the first, the middle one, the chosen) are
-  those of the whole pass, bit for bit.
+- Features, distances and input gradients of a pass that stops after a layer (the first, the middle one, the most
+  critical) are those of the whole pass, bit for bit.
 - `AdversarialTrainerCLATPyTorch` makes two steps (a batch each); every chosen layer moves, and no other parameter and
   no buffer but those of the chosen layers' norms changes by a single bit.
 - After measuring and after training, parameters' flags, modules' modes, hooks, gradients and the random generators are
@@ -191,14 +194,15 @@ def try_model(model, side, seed):
     noise = torch.tensor(rng.choice([-EPS, EPS], x.shape).astype(np.float32))
     layers = network.find_layers(inputs)
     check_samples_apart(network, layers, inputs, inputs + noise)
+    critical = most_critical(measured, layers, eligible_layers(layers, head_eligible=False), fraction=0.01)
+    for layer in {layers[0], layers[len(layers) // 2], *critical}:
+        check_early_stop(network, layer, inputs, inputs + noise)
 
     trainer = AdversarialTrainerCLATPyTorch(classifier, attack, seed=seed)
     state = state_of(model)
     trainer.fit(x, y, batch_size=NB_IMAGES // 2, nb_epochs=1, verbose=False)
     check_same_state(state, model, "training")
     chosen = [layer for layer in layers if layer.name in trainer.history.selections[0].chosen]
-    for layer in {layers[0], layers[len(layers) // 2], *chosen}:
-        check_early_stop(network, layer, inputs, inputs + noise)
     names = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
     changed = changed_tensors(tensors, model)
     may = {names[id(p)] for layer in chosen for p in layer.parameters()}
@@ -208,15 +212,21 @@ def try_model(model, side, seed):
     still = [layer.name for layer in chosen if not changed & {names[id(p)] for p in layer.parameters()}]
     if still:
         raise AssertionError(f"training did not move {', '.join(still)}")
-    return {"layers": len(measured), "chosen": [layer.name for layer in chosen], "blocks": nb_blocks(network, inputs)}
+    return {
+        "layers": len(measured),
+        "chosen": [layer.name for layer in chosen],
+        "blocks": try_blocks(network, inputs, inputs + noise),
+    }
 
 
-def nb_blocks(network, x):
-    """Give the number of timm's blocks, or why there are none."""
+def try_blocks(network, x, x_adv):
+    """Give the number of timm's blocks, or why they cannot be layers."""
     try:
-        return len(network.find_layers(x, granularity="block"))
-    except ValueError as error:
+        blocks = network.find_layers(x, granularity="block")
+        check_samples_apart(network, blocks, x, x_adv)
+    except (ValueError, AssertionError) as error:
         return str(error)
+    return len(blocks)
 
 
 def small_images(name):
@@ -296,14 +306,14 @@ def table(results, setting):
 def main():
     """Run what is not done yet, and write the matrix."""
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
-    parser.add_argument("--families", nargs="+", choices=timm.list_modules(), metavar="FAMILY", help="default: all")
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, metavar="FAMILY", help="default: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--timeout", type=float, default=1200, help="seconds that one family may take")
     parser.add_argument("--work", type=Path, default=Path("runs/timm-sweep"), help="folder of the JSON files")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "timm-sweep.md")
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    families = args.families or timm.list_modules()
+    families = args.families or FAMILIES
     args.work.mkdir(parents=True, exist_ok=True)
     if args.in_process:
         logging.disable(logging.WARNING)

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import timm
 import torch
@@ -31,9 +33,104 @@ def test_other_sizes_and_networks(name, size, kwargs):
     assert model(torch.rand(2, *size)).shape == (2, 7)
 
 
-def test_vit_has_64_patches_of_a_small_image():
-    model = create_backbone("vit_tiny_patch16_224", num_classes=10, depth=1)
-    assert model.model.patch_embed.num_patches == 64
+@pytest.mark.parametrize(
+    ("name", "kwargs", "sides"),
+    [
+        ("densenet121", {"block_config": (1, 1, 1, 1)}, [32, 16, 8, 4]),  # a first convolution and a pooling
+        ("convnext_atto", {}, [32, 16, 8, 4]),  # patches of 4×4
+        ("regnetx_002", {}, [32, 16, 8, 4]),  # a first convolution and a block with a shortcut
+        ("mobilenetv3_small_050", {}, [32, 16, 8, 4]),  # depth-wise; squeeze-excite
+        ("maxvit_pico_rw_256", {}, [32, 16, 8, 4]),  # made for one size
+    ],
+)
+def test_stems_of_any_kind_keep_the_resolution_of_small_images(name, kwargs, sides):
+    model = create_backbone(name, num_classes=10, **kwargs).eval()
+    seen = set()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d) and module.kernel_size != (1, 1):
+            module.register_forward_hook(lambda module, args, output: seen.add(output.shape[-1]))
+    with torch.no_grad():
+        assert model(torch.rand(1, 3, 32, 32)).shape == (1, 10)
+    assert sorted(seen - {1}, reverse=True) == sides
+    if timm.get_pretrained_cfg(name).fixed_input_size:
+        return  # tables of positions have another size
+    timms = timm.create_model(name, num_classes=10, **kwargs)
+    stem = next(m for m in model.modules() if isinstance(m, torch.nn.Conv2d))
+    unlike = {n for n, p in model.model.named_parameters() if p.shape != timms.get_parameter(n).shape}
+    assert unlike <= {n for n, p in model.model.named_parameters() if p is stem.weight}  # only the kernel of the stem
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "tokens"),
+    [
+        ("vit_tiny_patch16_224", {"depth": 1}, 64),
+        ("mixer_s32_224", {}, 64),
+        ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1), "embed_dim": 12, "num_heads": (1, 1, 1, 1)}, 1024),
+    ],
+)
+def test_patches_of_a_small_image(name, kwargs, tokens):
+    model = create_backbone(name, num_classes=10, **kwargs)
+    (patches,) = (m for m in model.modules() if isinstance(m, timm.layers.PatchEmbed))
+    assert patches.num_patches == tokens
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_what_timm_is_told_of_patches_stays():
+    model = create_backbone("vit_tiny_patch16_224", num_classes=10, depth=1, patch_size=16)
+    assert model.model.patch_embed.num_patches == 4
+    model = create_backbone("convnext_atto", num_classes=10, patch_size=2)
+    assert model.model.stem[0].stride == (2, 2)
+
+
+class TestCIFAR:
+    """The networks of the paper."""
+
+    @pytest.mark.parametrize(
+        ("name", "parameters"),
+        [  # as their papers, and what is built on them, have them
+            ("preactresnet18_cifar", 11_172_170),
+            ("resnet18_cifar", 11_173_962),
+            ("wideresnet28_10_cifar", 36_479_194),
+            ("wideresnet34_10_cifar", 46_160_474),
+            ("vgg16_bn_cifar", 14_728_266),
+            ("densenet121_cifar", 6_956_426),
+        ],
+    )
+    def test_under_timms_names(self, name, parameters):
+        assert timm.list_models("*_cifar", module="cifar").count(name) == 1
+        model = create_backbone(name, num_classes=10)
+        assert sum(p.numel() for p in model.parameters()) == parameters
+        assert model.normalize.mean.flatten().tolist() == pytest.approx([0.4914, 0.4822, 0.4465])
+        if not name.startswith("wide"):
+            assert model.eval()(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+
+    def test_robustbench_architecture_is_the_same_network(self):
+        from robustbench.model_zoo.architectures.resnet import ResNet18
+
+        model = timm.create_model("resnet18_cifar", num_classes=7).eval()
+        theirs = ResNet18().eval()
+        theirs.linear = torch.nn.Linear(512, 7)
+        theirs.load_state_dict(model.state_dict())
+        x = torch.rand(2, 3, 32, 32)
+        assert torch.equal(model(x), theirs(x)) and model.num_classes == 7
+
+    @pytest.mark.parametrize(
+        ("kwargs", "match"),
+        [
+            ({"input_size": (3, 64, 64)}, "resnet18_cifar is made for images of 32×32, got 64"),
+            ({"input_size": (1, 32, 32)}, "`in_chans`: resnet18_cifar takes images of 3 channels, got 1"),
+            ({"pretrained": True}, "`pretrained`: there are no weights for resnet18_cifar"),
+        ],
+    )
+    def test_what_they_cannot_do(self, kwargs, match):
+        with pytest.raises(ValueError, match=match):
+            create_backbone("resnet18_cifar", num_classes=10, **kwargs)
+
+    def test_without_robustbench_it_says_how_to_get_it(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "robustbench", None)
+        monkeypatch.setitem(sys.modules, "robustbench.utils", None)
+        with pytest.raises(ImportError, match=r'pip install "art_clat\[evaluation\]"'):
+            timm.create_model("wideresnet28_10_cifar")
 
 
 def test_large_images_leave_the_network_as_timm_makes_it():
@@ -55,15 +152,15 @@ def test_normalisation_is_inside():
     ("kwargs", "match"),
     [
         ({"name": "ResNet-18"}, "`name` must be a model that timm knows.*resnet18"),
-        ({"name": "convnext_atto"}, "small stem, which is available for"),
+        ({"name": "tnt_s_patch16_224"}, "tnt_s_patch16_224 does not take images of \\(3, 32, 32\\)"),
+        ({"name": "vit_tiny_patch16_224", "input_size": (3, 33, 40)}, "cannot be cut into patches of 4×4"),
         ({"name": "resnet18", "input_size": (3, 0, 32)}, "`input_size`"),
         ({"name": "resnet18", "input_size": 32}, "`input_size`"),
         ({"name": "resnet18", "mean": 0.5}, "`mean` must have one value"),
-        ({"name": "mixer_s16_224"}, "timm cannot make"),
         ({"name": "resnet18", "mean": (0.5,)}, "`mean` has 1 values"),
         ({"name": "resnet18", "depth_of_field": 3}, "timm cannot make resnet18 with"),
     ],
 )
 def test_bad_input(kwargs, match):
     with pytest.raises(ValueError, match=match):
-        create_backbone(**{"num_classes": 10, **kwargs})
+        create_backbone(num_classes=10, **kwargs)

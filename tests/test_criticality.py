@@ -62,6 +62,37 @@ def test_equals_a_direct_computation_before_and_after_a_norm(normed, data, after
     assert [layer.criticality for layer in measured] == pytest.approx(list(criticality.values()), rel=1e-5)
 
 
+def test_predecessor_is_the_tensor_that_enters_the_layer(normed, data):
+    entered = {name: [] for name in ("conv1", "conv2", "conv3", "fc")}
+
+    def run(x):
+        x = normed.conv1(entering("conv1", x))
+        x = normed.bn1(x).relu()
+        x = x + normed.bn2(normed.conv2(entering("conv2", x))).relu()
+        x = normed.bn3(normed.conv3(entering("conv3", x))).relu()
+        return normed.fc(entering("fc", x.mean((2, 3))))
+
+    def entering(name, x):
+        entered[name].append(x)
+        return x
+
+    classifier = make_classifier(normed, preprocessing=(0.4, 0.25))
+    attack = make_attack(classifier)
+    by_order = measure_criticality(classifier, *data, attack=attack)
+    by_input = measure_criticality(classifier, *data, attack=attack, predecessor="input", batch_size=20)
+    x_adv = attack.generate(*data)
+    normed.eval()
+    with torch.no_grad():
+        for batch in (data[0], x_adv):
+            run((torch.tensor(batch) - 0.4) / 0.25)
+    assert [layer.weakness for layer in by_input] == pytest.approx([layer.weakness for layer in by_order], rel=1e-6)
+    for layer in by_input:
+        clean, perturbed = entered[layer.name]
+        weakness = ((perturbed - clean).flatten(1).norm(dim=1) / clean[0].numel()).mean().item()
+        assert layer.criticality == pytest.approx(layer.weakness / weakness, rel=1e-4)
+    assert by_input[2].criticality != pytest.approx(by_order[2].criticality, rel=0.1)  # what enters conv3 is a sum
+
+
 def test_after_the_norm_the_scale_before_it_does_not_matter(data):
     torch.manual_seed(3)
     model = Normed()
