@@ -58,6 +58,7 @@ def robustbench_utils() -> ModuleType:
 def _install_layer() -> None:
     try:
         import pyautoattack
+        import pyautoattack.checks
         import pyautoattack.state
     except ImportError as error:
         raise ImportError(
@@ -116,8 +117,10 @@ def _install_layer() -> None:
     layer = ModuleType("autoattack", "The interface of AutoAttack's repository over the package pyautoattack.")
     layer.__version__ = pyautoattack.__version__  # type: ignore[attr-defined]
     layer.AutoAttack = AutoAttack  # type: ignore[attr-defined]
+    layer.checks = pyautoattack.checks  # type: ignore[attr-defined]
     layer.state = pyautoattack.state  # type: ignore[attr-defined]
     layer.__path__ = []
     layer.__spec__ = ModuleSpec("autoattack", None, is_package=True)
     sys.modules["autoattack"] = layer
+    sys.modules["autoattack.checks"] = pyautoattack.checks
     sys.modules["autoattack.state"] = pyautoattack.state
