@@ -28,8 +28,10 @@ def autoattack() -> ModuleType:
     :return: A module with ``AutoAttack`` as in the authors' repository.
     :raises ImportError: If neither is installed.
     """
-    if "autoattack" not in sys.modules and importlib.util.find_spec("autoattack") is None:
-        _install_layer()
+    if "autoattack" not in sys.modules:
+        spec = importlib.util.find_spec("autoattack")
+        if spec is None or spec.submodule_search_locations is None:  # a script of that name is not the package
+            _install_layer()
     import autoattack
 
     return autoattack  # type: ignore[no-any-return]

@@ -163,7 +163,7 @@ class RobustnessReport:
         heights, bottoms = [left[0], *steps, left[-1]], [0.0, *left[1:], 0.0]
         ax.bar(names, heights, bottom=bottoms, color=["C0", *["C3"] * len(steps), "C2"])
         for position, (height, bottom) in enumerate(zip(heights, bottoms, strict=True)):
-            sign = "" if position in (0, len(names) - 1) else "−"
+            sign = "−" if height and 0 < position < len(names) - 1 else ""
             ax.annotate(
                 f"{sign}{height:.1f}",
                 (position, height + bottom),
@@ -195,7 +195,7 @@ class RobustnessReport:
             verdicts["transfer"] = self.transfer
         verdicts |= {f"autoattack/{name}": robust for name, robust in self.attacks.items()}
         with (folder / "verdicts.npz").open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **verdicts)
+            np.savez_compressed(file, **verdicts)  # type: ignore[arg-type]  # a keyword of it
         if self.adversarial is not None:
             torch.save(torch.as_tensor(self.adversarial), folder / "adversarial.pt")
         if self.attacks:
