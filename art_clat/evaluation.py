@@ -159,6 +159,7 @@ class Evaluation:
         self._costs = dict(costs)
         self._device, self._batch_size, self._seed = device, batch_size, seed
         self._ranks, self._folder = ranks, folder
+        self._restored = 0.0
         self._bar = tqdm(
             total=len(x) * sum(costs.values()) / ranks.size,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
@@ -206,7 +207,8 @@ class Evaluation:
             batch = saved
         work = len(indices) * self._costs[name]
         if saved is not None:
-            self._bar.initial += work  # which took no time
+            self._restored += work
+            self._bar.initial = self._restored  # it took no time
         self._bar.update(work)
         return batch
 
