@@ -28,8 +28,10 @@ def autoattack() -> ModuleType:
     :return: A module with ``AutoAttack`` as in the authors' repository.
     :raises ImportError: If neither is installed.
     """
-    if "autoattack" not in sys.modules and importlib.util.find_spec("autoattack") is None:
-        _install_layer()
+    if "autoattack" not in sys.modules:
+        spec = importlib.util.find_spec("autoattack")
+        if spec is None or spec.submodule_search_locations is None:  # a script of that name is not the package
+            _install_layer()
     import autoattack
 
     return autoattack  # type: ignore[no-any-return]
@@ -58,6 +60,7 @@ def robustbench_utils() -> ModuleType:
 def _install_layer() -> None:
     try:
         import pyautoattack
+        import pyautoattack.checks
         import pyautoattack.state
     except ImportError as error:
         raise ImportError(
@@ -116,8 +119,10 @@ def _install_layer() -> None:
     layer = ModuleType("autoattack", "The interface of AutoAttack's repository over the package pyautoattack.")
     layer.__version__ = pyautoattack.__version__  # type: ignore[attr-defined]
     layer.AutoAttack = AutoAttack  # type: ignore[attr-defined]
+    layer.checks = pyautoattack.checks  # type: ignore[attr-defined]
     layer.state = pyautoattack.state  # type: ignore[attr-defined]
     layer.__path__ = []
     layer.__spec__ = ModuleSpec("autoattack", None, is_package=True)
     sys.modules["autoattack"] = layer
+    sys.modules["autoattack.checks"] = pyautoattack.checks
     sys.modules["autoattack.state"] = pyautoattack.state

@@ -107,15 +107,7 @@ class Checkpoint:
 
         :raises OSError: If it cannot.
         """
-        try:
-            self.last.parent.mkdir(parents=True, exist_ok=True)
-            for left in self.last.parent.glob("*.safetensors.*.tmp"):
-                left.unlink()
-            probe = self.last.with_name(f"probe.safetensors.{os.getpid()}.tmp")
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise _cannot_write(self.last.parent, error) from error
+        prepare(self.last.parent)
 
     def resume(self) -> Progress | None:
         """
@@ -129,7 +121,7 @@ class Checkpoint:
             return None
         tensors, content = read(self.last)
         try:
-            self._check_description(content["description"])
+            check_description(content["description"], self._description, self.last.parent)
             optimizer, scheduler = (_unpacked(content[name], tensors) for name in ("optimizer", "scheduler"))
             record = History.from_json(json.dumps(content["progress"]["history"]))
             progress = Progress(**{**content["progress"], "history": record})
@@ -184,26 +176,12 @@ class Checkpoint:
             return None
         tensors, content = read(self.best)
         try:
-            self._check_description(content["description"])
+            check_description(content["description"], self._description, self.last.parent)
             if tensors.keys() != named_tensors(self._model).keys():
                 raise KeyError("weights")
             return Best(content["epoch"], content["robust_accuracy"], tensors)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"`checkpoint`: {self.best} does not hold the best epoch of a run: {error!r}.") from error
-
-    def _check_description(self, there: Mapping[str, object]) -> None:
-        names = [*there, *(name for name in self._description if name not in there)]
-        different = [
-            f"{name} is {there.get(name)} there, {self._description.get(name)} here"
-            for name in names
-            if there.get(name) != self._description.get(name)
-        ]
-        if different:
-            more = f"; and {len(different) - 5} more" if len(different) > 5 else ""
-            raise ValueError(
-                f"`checkpoint`: {self.last.parent} holds another run: {'; '.join(different[:5])}{more}. Use another "
-                "folder, or the same arguments, model and data."
-            )
 
 
 class Keeper:
@@ -348,6 +326,47 @@ def fingerprint_of_state(optimizer: torch.optim.Optimizer) -> str:
     return hashlib.sha256(f"{packed}{fingerprint(*tensors.values())}".encode()).hexdigest()[:16]
 
 
+def prepare(folder: Path) -> None:
+    """
+    Make sure that a folder can be written to, and clear what a kill has left there.
+
+    :param folder: Created if missing.
+    :raises OSError: If it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob("*.safetensors.*.tmp"):
+            left.unlink()
+        probe = folder / f"probe.safetensors.{os.getpid()}.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+
+
+def check_description(there: Mapping[str, object], here: Mapping[str, object], folder: Path) -> None:
+    """
+    Refuse a folder that another run has saved itself in.
+
+    :param there: The description of the run in the folder.
+    :param here: The description of this run.
+    :param folder: The folder, for the message.
+    :raises ValueError: If they differ; the message says in what.
+    """
+    names = [*there, *(name for name in here if name not in there)]
+    different = [
+        f"{name} is {there.get(name)} there, {here.get(name)} here"
+        for name in names
+        if there.get(name) != here.get(name)
+    ]
+    if different:
+        more = f"; and {len(different) - 5} more" if len(different) > 5 else ""
+        raise ValueError(
+            f"`checkpoint`: {folder} holds another run: {'; '.join(different[:5])}{more}. Use another "
+            "folder, or the same arguments, model and data."
+        )
+
+
 def write(path: Path, tensors: Mapping[str, torch.Tensor], content: Mapping[str, object]) -> None:
     """
     Write tensors and JSON to a file that is either the old one or the new one, whole, whenever the process is killed.
@@ -490,11 +509,7 @@ def describe(
     facts["the loss"] = _settings(classifier.loss, vars(classifier.loss)) | {
         name: text_of(buffer.cpu().numpy()) for name, buffer in classifier.loss.named_buffers()
     }
-    facts["clip_values"] = text_of(classifier.clip_values)
-    facts["the preprocessing"] = [
-        _settings(operation, {name: getattr(operation, name, None) for name in operation.params})
-        for operation in classifier.preprocessing_operations
-    ]
+    facts |= describe_inputs(classifier)
     for number, attack in enumerate(attacks, start=1):
         ignored = ("verbose", "batch_size", "summary_writer", "tensor_board")
         # ART keeps some settings of ProjectedGradientDescent in the attack it wraps only.
@@ -519,6 +534,22 @@ def describe(
             "weight_decay": text_of(group.get("weight_decay")),
         }
     return facts
+
+
+def describe_inputs(classifier: PyTorchClassifier) -> dict[str, object]:
+    """
+    Describe what an ART classifier does with inputs before the network sees them.
+
+    :param classifier: The classifier.
+    :return: Names, and values that JSON can hold.
+    """
+    return {
+        "clip_values": text_of(classifier.clip_values),
+        "the preprocessing": [
+            _settings(operation, {name: getattr(operation, name, None) for name in operation.params})
+            for operation in classifier.preprocessing_operations
+        ],
+    }
 
 
 def _settings(thing: object, values: Mapping[str, object]) -> dict[str, object]:

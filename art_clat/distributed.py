@@ -19,8 +19,8 @@ from torch import nn
 #: How long one process waits within ``fit`` for another, with all of them at work, before it gives up.
 TIMEOUT = timedelta(seconds=60)
 
-#: Groups with that timeout, by the group of all processes that they were made from.
-_groups: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
+#: Groups with a timeout of their own, by it and the group of all processes that they were made from.
+_groups: dict[tuple[dist.ProcessGroup, timedelta], dist.ProcessGroup] = {}
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Part:
 @dataclass(frozen=True)
 class Ranks:
     """
-    The processes that train together; one alone unless a process group says otherwise.
+    The processes that work together; one alone unless a process group says otherwise.
 
     :param rank: This process, counted from 0.
     :param size: How many there are.
@@ -51,14 +51,15 @@ class Ranks:
     group: dist.ProcessGroup | None = None
 
     @classmethod
-    def join(cls, device: torch.device) -> Ranks:
+    def join(cls, device: torch.device, timeout: timedelta = TIMEOUT) -> Ranks:
         """
-        Find the processes that train together: those of torch's process group, or those that ``torchrun`` launched.
+        Find the processes that work together: those of torch's process group, or those that ``torchrun`` launched.
 
         A group that has to be made for the latter (NCCL on a GPU, gloo otherwise) stays until the process ends. All
         processes of the group must call this; they wait for each other as long as the group lets them.
 
         :param device: Where this process computes.
+        :param timeout: How long one process waits for another, with all of them at work, before it gives up.
         :return: The processes.
         :raises ValueError: If ``torchrun``'s processes on one machine are not on a GPU of their own.
         """
@@ -75,9 +76,9 @@ class Ranks:
         world = dist.group.WORLD
         assert world is not None
         dist.barrier()
-        if world not in _groups:
-            _groups[world] = dist.new_group(timeout=TIMEOUT)  # type: ignore[assignment]  # this process is in it
-        return cls(dist.get_rank(), dist.get_world_size(), _groups[world])
+        if (world, timeout) not in _groups:
+            _groups[world, timeout] = dist.new_group(timeout=timeout)  # type: ignore[assignment]  # it is in it
+        return cls(dist.get_rank(), dist.get_world_size(), _groups[world, timeout])
 
     def part(self, nb_samples: int) -> Part:
         """
@@ -113,9 +114,22 @@ class Ranks:
             dist.broadcast(values, 0, group=self.group)
         return values
 
+    def gather(self, value: object) -> list[Any]:
+        """
+        Give every process what each has.
+
+        :param value: What this one has: text, numbers, or lists and dictionaries of them.
+        :return: One value a process, in their order.
+        """
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
     def check_same(self, facts: Mapping[str, object], device: torch.device) -> None:
         """
-        Refuse processes that do not train the same.
+        Refuse processes that do not work on the same.
 
         :param facts: Names and values that must be equal.
         :param device: Where this process computes.
@@ -131,14 +145,12 @@ class Ranks:
         dist.all_reduce(smallest, dist.ReduceOp.MIN, group=self.group)
         if largest == smallest:
             return
-        texts: list[str] = [""] * self.size
-        dist.all_gather_object(texts, text, group=self.group)
-        first, *others = map(json.loads, texts)
+        first, *others = map(json.loads, self.gather(text))
         all_names = dict.fromkeys(name for one in (first, *others) for name in one)
         names = [name for name in all_names if any(other.get(name) != first.get(name) for other in others)]
         raise ValueError(
-            f"The {self.size} processes differ in {', '.join(names[:5])}: all must call `fit` with the same arguments, "
-            "model, optimizer, checkpoint and data, all of the training set; each takes its share by itself."
+            f"The {self.size} processes differ in {', '.join(names[:5])}: all must make the same call with the same "
+            "arguments, model, optimizer, checkpoint and data, the whole of it; each takes its share by itself."
         )
 
     def wrap(self, module: nn.Module) -> nn.Module:
@@ -171,9 +183,8 @@ class Ranks:
             if self.size == 1 or not any(word in str(error).lower() for word in broken):
                 raise
             raise ConnectionError(
-                f"Process {self.rank} of {self.size} has lost another one, which died or did not answer for "
-                f"{TIMEOUT.seconds} seconds; its own message tells why. With `checkpoint=` the same command continues "
-                "the run, on any number of processes."
+                f"Process {self.rank} of {self.size} has lost another one, which died or did not answer; its own "
+                "message tells why. With `checkpoint=` the same command continues the run, on any number of processes."
             ) from error
 
 

@@ -1,0 +1,154 @@
+"""What would give a false robust accuracy: wrong units of inputs, ε or outputs; a network that is not as trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+#: The p of each ℓp norm.
+ORDERS = {"Linf": float("inf"), "L2": 2.0, "L1": 1.0}
+
+#: Examples on which the range of the inputs is tried.
+SAMPLE = 512
+
+
+def check_images(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> torch.Tensor:
+    """
+    Refuse what are no images in [0, 1].
+
+    :param x: What the user passed as ``x``.
+    :param y: What the user passed as ``y``; its length.
+    :return: The images, float32, on the CPU.
+    :raises ValueError: If they are not of shape (n, channels, height, width), or not floating point in [0, 1].
+    """
+    x = np.asarray(x)
+    if x.ndim != 4 or len(x) == 0 or len(x) != len(y):
+        raise ValueError(
+            "`x` and `y` must be images of shape (n, channels, height, width) and as many labels, "
+            f"got shape {x.shape} and {len(y)} labels."
+        )
+    if not np.issubdtype(x.dtype, np.floating) or not np.isfinite(x).all() or x.min() < 0 or x.max() > 1:
+        raise ValueError(f"`x` must be floating point in [0, 1], got {x.dtype} in [{x.min():.6g}, {x.max():.6g}].")
+    return torch.as_tensor(x.astype(np.float32))
+
+
+def check_eps(eps: float, norm: str, size: int) -> None:
+    """
+    Refuse an ε that is none, or that is in units of 0…255.
+
+    :param eps: What the user passed.
+    :param norm: ``"Linf"``, ``"L2"`` or ``"L1"``.
+    :param size: Number of values in an input.
+    :raises ValueError: If it is not positive, or so large that no network could be robust.
+    """
+    # Half the diagonal of [0, 1]^size reaches its centre from everywhere: no network can be robust. In ℓ∞ that would
+    # be 1/2; up to 1 is let through, since an unbounded attack is how evaluations are checked.
+    largest = 1.0 if norm == "Linf" else size ** (1 / ORDERS[norm]) / 2
+    is_number = isinstance(eps, (int, float, np.number)) and not isinstance(eps, bool)
+    if not (is_number and 0 < eps <= largest):
+        raise ValueError(
+            f"`eps` must be positive, and at most {largest:g} for {norm} on inputs of {size} values in [0, 1], in "
+            f"their units: 8 / 255, not 8. Got {eps}."
+        )
+
+
+def count_classes(model: nn.Module, x: torch.Tensor, argument: str) -> int:
+    """
+    Give the number of classes, and refuse inputs that do not fit and outputs that are no logits.
+
+    :param model: The network.
+    :param x: A batch of inputs, on its device.
+    :param argument: Name of the network, for messages.
+    :return: The number of classes.
+    :raises ValueError: If the network fails on the inputs, or its outputs are probabilities, or not finite.
+    """
+    try:
+        output = model(x)
+    except Exception as error:
+        raise ValueError(
+            f"`{argument}` does not take images of {x.shape[1]} channels and {x.shape[2]}×{x.shape[3]} pixels: {error}"
+        ) from error
+    if not isinstance(output, torch.Tensor) or output.ndim != 2:
+        raise ValueError(
+            f"`{argument}` must give logits of shape (n, nb_classes), "
+            f"got {tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__}."
+        )
+    if not output.isfinite().all():
+        raise ValueError(f"`{argument}` gives NaN or infinite logits, for which no attack means anything.")
+    one = torch.ones(len(output), device=output.device)
+    if (output >= 0).all() and torch.allclose(output.sum(dim=1), one, atol=1e-4):
+        raise ValueError(
+            f"`{argument}` gives probabilities; AutoAttack's DLR loss needs logits, and its result would be "
+            "false. Remove the final softmax."
+        )
+    if (output <= 0).all() and torch.allclose(output.exp().sum(dim=1), one, atol=1e-4):
+        raise ValueError(
+            f"`{argument}` gives log-probabilities; AutoAttack needs logits. Remove the final log-softmax, which "
+            "changes no prediction."
+        )
+    return int(output.shape[1])
+
+
+def doubts_of_randomness(model: nn.Module, x: torch.Tensor) -> list[str]:
+    """
+    Look whether outputs differ from one forward pass to the next, by AutoAttack's own measure.
+
+    :param model: The network.
+    :param x: A batch of inputs, on its device.
+    :return: A warning, if they do.
+    """
+    first, *others = (nn.functional.normalize(model(x), eps=1e-10) for _ in range(5))
+    if max(float((first - other).norm(dim=1).max()) for other in others) <= 1e-4:
+        return []
+    return [
+        "The network gives different outputs for the same inputs, as a randomized defense does, or dropout that is "
+        'left on: AutoAttack\'s version "rand" is made for those, the others overestimate robust accuracy.'
+    ]
+
+
+def doubts_of_inputs(
+    model: nn.Module, x: torch.Tensor, y: torch.Tensor, *, nb_classes: int, device: torch.device, batch_size: int
+) -> list[str]:
+    """
+    Look whether inputs are in the range that the network was trained on.
+
+    :param model: The network.
+    :param x: Inputs in [0, 1], on the CPU.
+    :param y: Index labels, on the CPU.
+    :param nb_classes: Number of classes.
+    :param device: Where the network runs.
+    :param batch_size: Examples in a batch.
+    :return: A warning, if clean accuracy is that of guessing.
+    :raises ValueError: If the network does far better on the same inputs standardised, scaled back, or in 0…255.
+    """
+    x, y = x[:SAMPLE], y[:SAMPLE]
+
+    def correct(x: torch.Tensor) -> int:
+        batches = zip(x.split(batch_size), y.split(batch_size), strict=True)
+        return sum(int((model(x.to(device)).argmax(dim=1).cpu() == y).sum()) for x, y in batches)
+
+    mean, std = x.mean((0, 2, 3)).view(1, -1, 1, 1), x.std((0, 2, 3), correction=0).view(1, -1, 1, 1) + 1e-6
+    found = correct(x)
+    for changed, reason in (
+        ((x - mean) / std, "standardised; its normalisation seems to be missing: put it inside, before the network"),
+        (x * std + mean, "scaled back; its normalisation seems to be applied twice: take one away"),
+        (255 * x, "in 0…255; it seems to expect those: put the factor of 255 inside, before the network"),
+    ):
+        better = correct(changed)
+        if better - found > max(10, 0.2 * len(x)):
+            raise ValueError(
+                f"`classifier_or_model` classifies {found / len(x):.1%} of the first {len(x)} inputs correctly as they "
+                f"are, and {better / len(x):.1%} of them {reason}. Robust accuracy would be false."
+            )
+    chance = 1 / nb_classes
+    if len(x) < 20 or found / len(x) >= chance + 2.33 * (chance * (1 - chance) / len(x)) ** 0.5:
+        return []
+    return [
+        f"Clean accuracy, {found / len(x):.1%} of the first {len(x)} examples, is at chance ({chance:.1%}): suspect "
+        "labels in another order, other weights than were trained, or inputs that are not what the network expects "
+        "(normalisation, size, order of the channels)."
+    ]

@@ -1,0 +1,296 @@
+"""Models and test data by name, as the command lines of this package take them."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import numpy.typing as npt
+import timm
+from art.estimators.classification import PyTorchClassifier
+from torch import nn
+
+from art_clat._robustbench import robustbench_utils
+from art_clat.backbones import create_backbone
+from art_clat.state_dicts import load_state_dict
+
+#: Data sets that have a name; anything else is an image folder or an ``.npz`` file.
+DATASETS = ("cifar10", "cifar100", "imagenet", "digits")
+
+
+@dataclass(frozen=True)
+class TestData:
+    """
+    Examples to evaluate on.
+
+    :param x: Images in [0, 1], float32, shape (n, channels, height, width).
+    :param y: Index labels, shape (n,).
+    :param nb_classes: Number of classes.
+    """
+
+    x: npt.NDArray[np.float32]
+    y: npt.NDArray[np.int64]
+    nb_classes: int
+
+
+def load_model(
+    name: str,
+    *,
+    dataset: str,
+    norm: str,
+    nb_classes: int,
+    input_size: tuple[int, int, int],
+    checkpoint: str | os.PathLike[str] | None = None,
+    model_dir: str | os.PathLike[str] = "models",
+) -> nn.Module | PyTorchClassifier:
+    """
+    Give a network by its name, in evaluation mode.
+
+    :param name: A timm name, which needs a `checkpoint` and becomes a :func:`art_clat.create_backbone`; RobustBench's
+           identifier of a model; ``module:function`` or ``path/to/file.py:function``, called without arguments, for a
+           network or an ART classifier.
+    :param dataset: RobustBench's name of the data set, for its models.
+    :param norm: ``"Linf"`` or ``"L2"``, the threat model, for RobustBench's models.
+    :param nb_classes: Number of classes, for timm's models.
+    :param input_size: Channels, height and width of the images, for timm's models.
+    :param checkpoint: A file of weights, see :func:`art_clat.state_dicts.load_state_dict`.
+    :param model_dir: Where RobustBench keeps, and downloads, the weights of its models.
+    :return: The network or classifier.
+    :raises ValueError: If there is no such model, or the weights are of another one.
+    :raises OSError: If a file is missing and cannot be downloaded.
+    """
+    if ":" in name:
+        loaded = _function(name)()
+        if not isinstance(loaded, (nn.Module, PyTorchClassifier)):
+            raise ValueError(
+                f"`model`: {name} must give a torch.nn.Module or an ART PyTorchClassifier, got {loaded!r}."
+            )
+    elif timm.is_model(name):
+        if checkpoint is None:
+            raise ValueError(f"`model`: {name} is a timm network without weights; name a `checkpoint`.")
+        loaded = create_backbone(name, num_classes=nb_classes, input_size=input_size)
+    else:
+        loaded = _from_robustbench(name, dataset, norm, Path(model_dir), has_weights=checkpoint is not None)
+    network: nn.Module = loaded.model if isinstance(loaded, PyTorchClassifier) else loaded
+    if checkpoint is not None:
+        load_state_dict(network, checkpoint)
+    network.eval()
+    return loaded
+
+
+def load_data(
+    name: str,
+    *,
+    data_dir: str | os.PathLike[str] = "data",
+    nb_examples: int | None = None,
+    preprocessing: str | None = None,
+    nb_classes: int | None = None,
+) -> TestData:
+    """
+    Give test data by their name.
+
+    :param name: ``"cifar10"``, ``"cifar100"``, ``"imagenet"``, through RobustBench's loaders; ``"digits"``, those of
+           scikit-learn's that ``examples/quickstart.py`` holds out; an image folder with a folder a class; or an
+           ``.npz`` file with arrays ``x``, in [0, 1] or uint8, shape (n, channels, height, width), and ``y``.
+    :param data_dir: Where the data sets of a name are; CIFAR is downloaded if it is not there.
+    :param nb_examples: How many, or `None` for all: the first ones, of an image folder evenly spaced ones.
+    :param preprocessing: RobustBench's name of how ImageNet's or a folder's images are resized and cropped.
+    :param nb_classes: Number of classes; `None` for what the data say.
+    :return: The data.
+    :raises ValueError: If they are no such data, or fewer than are asked for.
+    :raises OSError: If they are not there; the message says where they were looked for.
+    """
+    if nb_examples is not None and nb_examples < 1:
+        raise ValueError(f"`nb_examples` must be at least 1, got {nb_examples}.")
+    if name in ("cifar10", "cifar100"):
+        x, y, classes = *_cifar(name, Path(data_dir), nb_examples), {"cifar10": 10, "cifar100": 100}[name]
+    elif name == "imagenet":
+        x, y, classes = *_imagenet(Path(data_dir), nb_examples, preprocessing or "Res256Crop224"), 1000
+    elif name == "digits":
+        x, y, classes = *_digits(), 10
+    elif Path(name).is_dir():
+        x, y, classes = _image_folder(Path(name), nb_examples, preprocessing)
+    elif Path(name).suffix == ".npz":
+        x, y = _npz(Path(name))
+        classes = int(y.max()) + 1
+    else:
+        raise FileNotFoundError(
+            f"`dataset` must be one of {', '.join(DATASETS)}, an image folder or an .npz file; {name!r} is none, nor "
+            f"is there such a folder in {Path.cwd()}."
+        )
+    if len(x) < (nb_examples or 0):
+        raise ValueError(f"`nb_examples` is {nb_examples}, {name} has {len(x)} examples.")
+    return TestData(x[:nb_examples], y[:nb_examples], nb_classes or classes)
+
+
+def _function(name: str) -> Callable[[], Any]:
+    where, _, function = name.rpartition(":")
+    try:
+        if where.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+            assert spec is not None and spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(where)
+    except (ImportError, OSError) as error:
+        raise ValueError(f"`model`: {where} of {name} cannot be imported: {error}") from error
+    if not callable(getattr(module, function, None)):
+        raise ValueError(f"`model`: {where} has no function {function}.")
+    return getattr(module, function)  # type: ignore[no-any-return]
+
+
+def _from_robustbench(name: str, dataset: str, norm: str, model_dir: Path, *, has_weights: bool) -> nn.Module:
+    utils = robustbench_utils()
+    from robustbench.model_zoo import model_dicts
+    from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
+
+    known: dict[str, Any] = {}
+    if dataset in {member.value for member in BenchmarkDataset} and norm in ("Linf", "L2"):
+        known = model_dicts[BenchmarkDataset(dataset)].get(ThreatModel(norm), {})
+    registered = f"{name.lower().replace('-', '_')}_{dataset}_{norm.lower()}"  # as RobustBench looks for timm's models
+    if name not in known and not timm.is_model(registered):
+        similar = difflib.get_close_matches(name, [*known, *timm.list_models()], n=3)
+        hint = f"; similar names: {', '.join(similar)}" if similar else ""
+        raise ValueError(
+            f"`model` must be a timm name, one of RobustBench's {len(known)} models for {dataset} and {norm}, or "
+            f"module:function, got {name!r}{hint}."
+        )
+    if has_weights:
+        model: nn.Module = known[name]["model"]() if name in known else timm.create_model(registered)
+        return model
+    try:
+        with mock.patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"):  # the default of newer versions of torch
+            return utils.load_model(name, model_dir=model_dir, dataset=dataset, threat_model=norm)  # type: ignore[no-any-return]
+    except Exception as error:
+        raise OSError(
+            f"`model`: RobustBench's {name} could not be loaded: {error}. Its weights were looked for in "
+            f"{model_dir / dataset / norm / f'{name}.pt'}, then on Google Drive; put the file there, or name it as "
+            "`checkpoint`."
+        ) from error
+
+
+def _cifar(name: str, data_dir: Path, nb_examples: int | None) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    robustbench = _robustbench_data()
+    dataset = getattr(robustbench.datasets, name.upper())
+    try:
+        with _only_test_files(dataset):
+            x, y = getattr(robustbench, f"load_{name}")(nb_examples, str(data_dir))
+    except Exception as error:  # of torchvision, of the network, of the disk
+        raise FileNotFoundError(
+            f"`data_dir`: {name}'s test set was looked for in {(data_dir / dataset.base_folder).resolve()} "
+            f"({', '.join(file for file, _ in dataset.test_list)} and {dataset.meta['filename']}, with their published "
+            f"checksums) and could not be downloaded: {error}. Unpack {dataset.url} in {data_dir.resolve()}, or pass "
+            "the folder where it is."
+        ) from error
+    return x.numpy(), y.numpy()
+
+
+@contextmanager
+def _only_test_files(dataset: Any) -> Iterator[None]:
+    """Have torchvision ask for the files of the test set only."""
+    with mock.patch.object(dataset, "train_list", []):
+        yield
+
+
+def _imagenet(
+    data_dir: Path, nb_examples: int | None, preprocessing: str
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    robustbench = _robustbench_data()
+    try:
+        x, y = robustbench.load_imagenet(nb_examples or 5000, str(data_dir), _transform(preprocessing))
+    except OSError as error:
+        raise FileNotFoundError(
+            f"`data_dir`: ImageNet's validation set was looked for in {(data_dir / 'val').resolve()}, with a folder a "
+            f"class (n01440764, ...): {error}. It cannot be downloaded freely; see image-net.org."
+        ) from error
+    return x.numpy(), y.numpy()
+
+
+def _image_folder(
+    folder: Path, nb_examples: int | None, preprocessing: str | None
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64], int]:
+    from torchvision.datasets import ImageFolder
+
+    try:
+        images = ImageFolder(str(folder), _transform(preprocessing))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"`dataset`: {folder.resolve()} has no images; a folder for every class, with images in it, is needed: "
+            f"{error}"
+        ) from error
+    if len(images) < (nb_examples or 0):
+        raise ValueError(f"`nb_examples` is {nb_examples}, {folder} has {len(images)} images.")
+    # They are sorted by class: evenly spaced ones are of every class.
+    chosen = np.linspace(0, len(images) - 1, nb_examples or len(images)).round().astype(int)
+    x = [images[index][0].numpy() for index in chosen]
+    for index, image in zip(chosen, x, strict=True):
+        if image.shape != x[0].shape:
+            raise ValueError(
+                f"`dataset`: {images.samples[index][0]} has {image.shape[1]}×{image.shape[2]} pixels, "
+                f"{images.samples[chosen[0]][0]} has {x[0].shape[1]}×{x[0].shape[2]}; all must have the same, or a "
+                "`preprocessing` is needed."
+            )
+    return np.stack(x), np.array([images.targets[index] for index in chosen]), len(images.classes)
+
+
+def _npz(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"`dataset`: there is no file {path.resolve()}.")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            if not {"x", "y"} <= set(arrays.files):
+                raise ValueError(f"arrays `x` and `y` are needed, it has {', '.join(arrays.files) or 'none'}")
+            x, y = arrays["x"], arrays["y"]
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"`dataset`: {path} cannot be read: {error}.") from error
+    if x.dtype == np.uint8:
+        x = x.astype(np.float32) / 255
+    if x.ndim != 4 or len(x) == 0 or y.shape != (len(x),) or y.dtype.kind not in "iu":
+        raise ValueError(
+            f"`dataset`: {path} must hold images `x` of shape (n, channels, height, width) and whole numbers `y` of "
+            f"shape (n,), got {x.shape} and {y.dtype} of shape {y.shape}."
+        )
+    if x.shape[3] in (1, 3) and x.shape[1] not in (1, 3):
+        raise ValueError(
+            f"`dataset`: {path} has images of shape {x.shape[1:]}, with the channels last; x.transpose(0, 3, 1, 2) has "
+            "them first."
+        )
+    return x, y.astype(np.int64)
+
+
+def _digits() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()  # split as in examples/quickstart.py: 1,200 to train, 200 to validate, these to test
+    x, y = (digits.images[:, None] / 16).astype(np.float32), digits.target
+    _, x, _, y = train_test_split(x, y, train_size=1200, stratify=y, random_state=0)
+    _, x, _, y = train_test_split(x, y, train_size=200, stratify=y, random_state=0)
+    return x, y
+
+
+def _transform(preprocessing: str | None) -> Callable[[Any], Any]:
+    known = _robustbench_data().PREPROCESSINGS
+    if preprocessing not in known:
+        names = ", ".join(name for name in known if name)
+        raise ValueError(f"`preprocessing` must be one of RobustBench's: {names}; got {preprocessing!r}.")
+    return known[preprocessing]  # type: ignore[no-any-return]
+
+
+def _robustbench_data() -> ModuleType:
+    robustbench_utils()
+    import robustbench.data
+
+    return robustbench.data  # type: ignore[no-any-return]
