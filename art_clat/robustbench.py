@@ -46,6 +46,9 @@ LEADERBOARDS: dict[str, dict[str, Any]] = {
     "imagenet": {"nb_examples": 5_000, "eps": {"Linf": 4 / 255}},
 }
 
+#: The attacks of AutoAttack's standard version.
+STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
+
 
 def write_robustbench_entry(
     report: RobustnessReport,
@@ -128,8 +131,8 @@ def leaderboard_shortfalls(report: RobustnessReport, dataset: str) -> list[str]:
 
     :param report: What :func:`evaluate_robustness` returned, AutoAttack included.
     :param dataset: RobustBench's name of the data set, or any other.
-    :return: One phrase each: fewer examples than the leaderboard asks for, another ε, another version of AutoAttack,
-            what AutoAttack warned of, no such leaderboard. Empty for a result that can be a claim.
+    :return: One phrase each: fewer examples than the leaderboard asks for, another ε, another version of AutoAttack or
+            attacks left out, what the evaluation warned of, no such leaderboard. Empty for what can be a claim.
     """
     asked = LEADERBOARDS.get(dataset)
     if asked is None:
@@ -147,7 +150,9 @@ def leaderboard_shortfalls(report: RobustnessReport, dataset: str) -> list[str]:
         found.append(f"ε = {here} instead of {there}")
     if report.autoattack_version != "standard":
         found.append(f"AutoAttack's {report.autoattack_version} version instead of the standard one")
-    return found + [f"AutoAttack warned: {message}" for message in report.warnings]
+    elif skipped := [attack for attack in STANDARD if attack not in report.attacks]:
+        found.append(f"without AutoAttack's {', '.join(skipped)}")
+    return found + [f"the evaluation warned: {message}" for message in report.warnings]
 
 
 def as_robustbench_writes(eps: float, norm: str) -> str:
@@ -212,16 +217,15 @@ def model_definition(
     :raises ValueError: If there is no source of `make`, or as :func:`timm_name`.
     """
     name = timm_name(model_id, dataset, norm)
-    module = inspect.getmodule(make)
-    if module is None or getattr(module, make.__qualname__, None) is not make:
-        raise ValueError(f"`make` must be at the top of a module, got {make!r}.")
+    if not make.__qualname__.isidentifier():
+        raise ValueError(f"`make` must be at the top of a module, got {make.__qualname__}.")
     try:
-        source = inspect.getsource(module)
-    except OSError as error:
-        raise ValueError(f"`make`: the source of {module.__name__} is not available: {error}.") from error
+        source = Path(inspect.getsourcefile(make) or "").read_text(encoding="utf-8")
+    except (TypeError, OSError) as error:
+        raise ValueError(f"`make`: the source of {make.__qualname__} is not available: {error}.") from error
     call = f"{make.__qualname__}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
     return _DEFINITION.format(
-        source=source.rstrip(), module=module.__name__, name=name, model_id=model_id, url=checkpoint_url, call=call
+        source=source.rstrip(), module=make.__module__, name=name, model_id=model_id, url=checkpoint_url, call=call
     )
 
 

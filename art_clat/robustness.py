@@ -9,6 +9,7 @@ import itertools
 import json
 import logging
 import os
+import zipfile
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,12 +51,16 @@ Verdicts = npt.NDArray[np.bool_]
 #: How long a process that is done with its batches waits for one that is not; one that dies is noticed at once.
 PATIENCE = timedelta(days=7)
 
+#: Version of what :meth:`RobustnessReport.save` writes; another one is refused.
+FORMAT = 1
+
 #: RobustBench's names of the norms, what users write for them, and the balls.
 NORMS: dict[str, tuple[tuple[object, ...], type[LinfBall | L2Ball | L1Ball]]] = {
     "Linf": (("Linf", "linf", "inf", np.inf), LinfBall),
     "L2": (("L2", "l2", 2), L2Ball),
     "L1": (("L1", "l1", 1), L1Ball),
 }
+
 
 @dataclasses.dataclass(frozen=True)
 class RobustnessReport:
@@ -189,8 +194,43 @@ class RobustnessReport:
             torch.save(torch.as_tensor(self.adversarial), folder / "adversarial.pt")
         if self.attacks:
             save_figure(self.plot(), folder / "waterfall.png")
-        text = json.dumps({**self.to_dict(), **about}, indent=2, ensure_ascii=False)
+        text = json.dumps({"format": FORMAT, **self.to_dict(), **about}, indent=2, ensure_ascii=False)
         (folder / "report.json").write_text(f"{text}\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> tuple[RobustnessReport, dict[str, Any]]:
+        """
+        Read what :meth:`save` wrote, without the adversarial examples. Nothing in the files is ever executed.
+
+        :param folder: The folder.
+        :return: The report, and what else was said in ``report.json``.
+        :raises ValueError: If it is no such folder, of another format, or its files are damaged or not of one report.
+        """
+        path = Path(folder) / "report.json"
+        if not path.is_file():
+            raise ValueError(f"`folder`: {folder} holds no evaluation: there is no report.json.")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content.get("format") != FORMAT:
+                raise ValueError(f"its format is {content.get('format')}, this version of art_clat reads {FORMAT}")
+            with np.load(path.with_name("verdicts.npz"), allow_pickle=False) as file:
+                verdicts: dict[str, Any] = {name: file[name] for name in ("clean", "pgd")}
+                verdicts["transfer"] = file["transfer"] if "transfer" in file.files else None
+                attacks = {name: file[f"autoattack/{name}"] for name in content["attacks"]}
+            fields = {field.name for field in dataclasses.fields(cls)} & content.keys()
+            report = cls(
+                **{name: content[name] for name in fields - {"attacks", "warnings"}},
+                **verdicts,
+                autoattack=next(reversed(attacks.values()), None),
+                attacks=attacks,
+                warnings=tuple(content["warnings"]),
+            )
+            figures = report.to_dict()
+            if len(report.clean) != report.nb_examples or any(content[name] != figures[name] for name in figures):
+                raise ValueError("its figures are not those of the verdicts in verdicts.npz")
+        except (OSError, KeyError, TypeError, AttributeError, ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(f"`folder`: the evaluation in {folder} cannot be read: {error}.") from error
+        return report, {name: value for name, value in content.items() if name not in {"format", *figures}}
 
     def __str__(self) -> str:
         restarts = f", {self.pgd_restarts} restarts" if self.pgd_restarts > 1 else ""

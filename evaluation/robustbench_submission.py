@@ -28,7 +28,6 @@ import numpy as np
 import numpy.typing as npt
 import timm
 import torch
-from art_clat.sources import TestData, load_data, load_function, load_model
 from torch import nn
 
 from art_clat import RobustnessReport, create_backbone, write_robustbench_entry
@@ -43,6 +42,7 @@ from art_clat.robustbench import (
     zoo_entry,
 )
 from art_clat.robustness import ORDERS
+from art_clat.sources import TestData, load_data, load_function, load_model
 
 TODO = "TODO"
 
