@@ -17,6 +17,7 @@ the leaderboard is said on top of the form, in the entry and below the row.
 from __future__ import annotations
 
 import argparse
+import pickle
 import shutil
 import sys
 import tempfile
@@ -84,7 +85,10 @@ def maker(
 
 def check_adversarial(report: RobustnessReport, path: Path, data: TestData, network: nn.Module) -> None:
     """Make sure that adversarial examples, verdicts, data and network belong together."""
-    adversarial = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        adversarial = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(f"`run`: {path} cannot be read: {error}.") from error
     x, y = torch.as_tensor(data.x), torch.as_tensor(data.y)
     if not isinstance(adversarial, torch.Tensor) or adversarial.shape != x.shape:
         raise ValueError(f"`run`: {path} does not hold an adversarial example for each of the {len(x)} examples.")
