@@ -1,3 +1,4 @@
+import dataclasses
 import importlib.util
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from conftest import Normed, make_classifier
 from sklearn.datasets import load_digits
 from torch import nn
 
-from art_clat import create_backbone, evaluate_robustness
+from art_clat import RobustnessReport, create_backbone, evaluate_robustness
 from art_clat._robustbench import autoattack
 
 CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
@@ -206,6 +207,19 @@ class TestEvaluation:
         three = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
         with pytest.raises(ValueError, match="at least 4 classes"):
             evaluate_robustness(three, x, y % 3, norm="Linf", eps=0.1)
+
+
+def test_a_report_is_read_as_it_was_saved(report, digits, tmp_path):
+    transferred = dataclasses.replace(report, transfer=report.pgd, warnings=("a doubt",))
+    transferred.save(tmp_path, data={"name": "digits"})
+    read, about = RobustnessReport.load(tmp_path)
+    assert about == {"data": {"name": "digits"}}
+    assert read.adversarial is None
+    for field in dataclasses.fields(read):
+        if field.name != "adversarial":
+            np.testing.assert_equal(getattr(read, field.name), getattr(transferred, field.name))
+    evaluate_robustness(*digits, norm="Linf", eps=0.04, autoattack_version=None).save(tmp_path)
+    assert RobustnessReport.load(tmp_path)[0].autoattack is None
 
 
 def test_the_layer_over_pyautoattack_is_a_proper_module(digits):
