@@ -1,32 +1,13 @@
-"""
-Results and networks in RobustBench's format: its entries, its model zoo, its leaderboard's rows.
-
-What ``robustbench.utils.load_model`` (1.1.1) loads, and so what this module writes:
-
-- A network that timm knows under RobustBench's name for it: the model's identifier in lower case with ``_`` for ``-``,
-  the data set and the threat model, e.g. ``gopal2025criticality_r18_cifar10_linf``. It is made by
-  ``timm.create_model(name, num_classes=…, pretrained=True, checkpoint_path=custom_checkpoint)``, so `custom_checkpoint`
-  is a local file whose keys must be the network's, and ``pretrained`` is for weights that are downloaded. This is the
-  way of RobustBench's own transformers, and the one used here.
-- Otherwise an entry of its model zoo with a Google Drive id, from ``<model_dir>/<data set>/<threat model>/<id>.pt``;
-  `custom_checkpoint` is ignored. It takes ``model.`` off the front of the keys, where the networks of
-  :func:`~art_clat.create_backbone` have it, so they cannot be loaded like this.
-"""
+"""Results in RobustBench's format: its entries, its own evaluation, its leaderboard's rows."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
-import inspect
 import io
 import json
-import keyword
 import os
-import re
-import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -166,141 +147,6 @@ def as_robustbench_writes(eps: float, norm: str) -> str:
     pixels = eps * 255
     in_pixels = norm == "Linf" and np.isclose(pixels, round(pixels), rtol=0, atol=1e-6)
     return f"{round(pixels)}/255" if in_pixels else f"{eps:g}"
-
-
-def timm_name(model_id: str, dataset: str, norm: str) -> str:
-    """
-    Give the name under which RobustBench's ``load_model`` asks timm for a model.
-
-    :param model_id: RobustBench's key of the model.
-    :param dataset: ``"cifar10"``, ``"cifar100"`` or ``"imagenet"``.
-    :param norm: ``"Linf"`` or ``"L2"``.
-    :return: E.g. ``"gopal2025criticality_r18_cifar10_linf"``.
-    :raises ValueError: If RobustBench has no such data set, or if the name could not be that of a Python function, of
-            which timm's registry is made.
-    """
-    if dataset not in LEADERBOARDS:
-        raise ValueError(f"`dataset`: RobustBench's load_model knows {', '.join(LEADERBOARDS)}, got {dataset!r}.")
-    name = f"{model_id.lower().replace('-', '_')}_{dataset.lower()}_{norm.lower()}"
-    if not name.isidentifier() or not name.isascii() or keyword.iskeyword(name):
-        raise ValueError(
-            "`model_id` must be letters, digits, `_` and `-`, beginning with a letter (RobustBench: "
-            f"<Name><Year><FirstWordOfTheTitle>), got {model_id!r}."
-        )
-    return name
-
-
-def model_definition(
-    make: Callable[..., nn.Module],
-    arguments: Mapping[str, object],
-    *,
-    model_id: str,
-    dataset: str,
-    norm: str,
-    checkpoint_url: str | None = None,
-) -> str:
-    """
-    Write the Python file that makes a network loadable with RobustBench's ``load_model``.
-
-    It is the source of the module that `make` is from, and a function that calls it and is registered with timm under
-    the name that ``load_model`` asks for. It needs what that module imports, and nothing else of this package.
-    RobustBench keeps such files in ``robustbench/model_zoo/architectures/``.
-
-    :param make: Makes the network, e.g. :func:`~art_clat.create_backbone`; a function or class at the top of a module.
-    :param arguments: What to call it with; values whose ``repr`` is Python.
-    :param model_id: RobustBench's key of the model.
-    :param dataset: ``"cifar10"``, ``"cifar100"`` or ``"imagenet"``.
-    :param norm: ``"Linf"`` or ``"L2"``.
-    :param checkpoint_url: Where the weights can be downloaded, a ``state_dict`` saved with ``torch.save``; `None` if
-           they cannot yet.
-    :return: The file's text.
-    :raises ValueError: If there is no source of `make`, or as :func:`timm_name`.
-    """
-    name = timm_name(model_id, dataset, norm)
-    if not make.__qualname__.isidentifier():
-        raise ValueError(f"`make` must be at the top of a module, got {make.__qualname__}.")
-    try:
-        source = Path(inspect.getsourcefile(make) or "").read_text(encoding="utf-8")
-    except (TypeError, OSError) as error:
-        raise ValueError(f"`make`: the source of {make.__qualname__} is not available: {error}.") from error
-    call = f"{make.__qualname__}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
-    return _DEFINITION.format(
-        source=source.rstrip(), module=make.__module__, name=name, model_id=model_id, url=checkpoint_url, call=call
-    )
-
-
-_DEFINITION = '''{source}
-
-
-# Above: the module {module} as it is. Below: {model_id}.
-import warnings  # noqa: E402
-
-import torch  # noqa: E402
-from timm.models import register_model  # noqa: E402
-
-CHECKPOINT_URL = {url!r}
-
-
-@register_model
-def {name}(pretrained=False, **kwargs):
-    """Make {model_id}: images in [0, 1] in, logits out."""
-    model = {call}
-    if pretrained and CHECKPOINT_URL:
-        model.load_state_dict(torch.hub.load_state_dict_from_url(CHECKPOINT_URL, "cpu", weights_only=True))
-    elif pretrained:
-        warnings.warn("{model_id}: without CHECKPOINT_URL the weights are those of `custom_checkpoint`, or random.")
-    return model
-'''
-
-
-def zoo_entry(model_id: str, dataset: str, norm: str) -> str:
-    """
-    Write the entry for ``robustbench/model_zoo/<dataset>.py``, as RobustBench has them for timm's networks.
-
-    :param model_id: RobustBench's key of the model.
-    :param dataset: ``"cifar10"``, ``"cifar100"`` or ``"imagenet"``.
-    :param norm: ``"Linf"`` or ``"L2"``.
-    :return: An item of the list that the dictionary of the threat model is made of.
-    :raises ValueError: As :func:`timm_name`.
-    """
-    name = timm_name(model_id, dataset, norm)
-    return (
-        f"({model_id!r}, {{\n    'model': lambda: timm.create_model({name!r}, pretrained=True),\n"
-        "    'gdrive_id': None,\n}),\n"
-    )
-
-
-def load_from_robustbench(
-    definition: str | os.PathLike[str], checkpoint: str | os.PathLike[str], *, model_id: str, dataset: str, norm: str
-) -> nn.Module:
-    """
-    Load a network with RobustBench's own ``load_model``, from the file of :func:`model_definition` and local weights.
-
-    The definition is Python and is executed: take it from whom you trust. Its network stays registered with timm.
-
-    :param definition: The file.
-    :param checkpoint: The weights, a ``state_dict`` in a ``.safetensors`` or a ``.pt`` file.
-    :param model_id: RobustBench's key of the model.
-    :param dataset: ``"cifar10"``, ``"cifar100"`` or ``"imagenet"``.
-    :param norm: ``"Linf"`` or ``"L2"``.
-    :return: The network, in evaluation mode, on the CPU.
-    :raises ValueError: If `definition` is no Python file, or as :func:`timm_name`.
-    :raises ImportError: If RobustBench is not installed.
-    """
-    utils = robustbench_utils()
-    name = timm_name(model_id, dataset, norm)
-    specification = importlib.util.spec_from_file_location(name, definition)
-    if specification is None or specification.loader is None:
-        raise ValueError(f"`definition` must be a .py file, got {os.fspath(definition)!r}.")
-    module: Any = importlib.util.module_from_spec(specification)
-    sys.modules[name] = module  # where timm's registry looks for it
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=f"Overwriting .* in registry with {name}")
-        warnings.filterwarnings("ignore", message=f"{re.escape(model_id)}: without CHECKPOINT_URL")
-        specification.loader.exec_module(module)
-        module.CHECKPOINT_URL = None  # the local weights are wanted
-        model = utils.load_model(model_id, dataset=dataset, threat_model=norm, custom_checkpoint=os.fspath(checkpoint))
-    return model  # type: ignore[no-any-return]
 
 
 def run_benchmark(

@@ -32,18 +32,10 @@ import torch
 from torch import nn
 
 from art_clat import RobustnessReport, create_backbone, write_robustbench_entry
-from art_clat.robustbench import (
-    as_robustbench_writes,
-    leaderboard_row,
-    leaderboard_shortfalls,
-    load_from_robustbench,
-    model_definition,
-    run_benchmark,
-    timm_name,
-    zoo_entry,
-)
+from art_clat.robustbench import as_robustbench_writes, leaderboard_row, leaderboard_shortfalls, run_benchmark
 from art_clat.robustness import ORDERS
 from art_clat.sources import TestData, load_data, load_function, load_model
+from art_clat.zoo import load_from_robustbench, model_definition, timm_name, write_checkpoint, zoo_entry
 
 TODO = "TODO"
 
@@ -234,7 +226,7 @@ def pack(args: argparse.Namespace, folder: Path) -> list[str]:
         path.parent.mkdir(parents=True)
     text = model_definition(make, arguments, **setting, checkpoint_url=args.checkpoint_url)
     definition.write_text(text, encoding="utf-8")
-    torch.save({name: tensor.clone() for name, tensor in network.state_dict().items()}, checkpoint)
+    write_checkpoint(network, checkpoint, definition, **setting)
     loaded = load_from_robustbench(definition, checkpoint, **setting)
     check_adversarial(report, args.run / "adversarial.pt", tests, loaded)
 

@@ -14,14 +14,8 @@ from torch import nn
 
 from art_clat import RobustnessReport, create_backbone, evaluate_robustness, write_robustbench_entry
 from art_clat._robustbench import autoattack, robustbench_utils
-from art_clat.robustbench import (
-    leaderboard_row,
-    load_from_robustbench,
-    model_definition,
-    run_benchmark,
-    timm_name,
-    zoo_entry,
-)
+from art_clat.robustbench import leaderboard_row, run_benchmark
+from art_clat.zoo import load_from_robustbench, model_definition, timm_name, zoo_entry
 
 CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
 BACKBONE = {

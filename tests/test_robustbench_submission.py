@@ -10,8 +10,8 @@ import torch
 
 from art_clat import RobustnessReport
 from art_clat._robustbench import robustbench_utils
-from art_clat.robustbench import load_from_robustbench
 from art_clat.sources import TestData, load_function
+from art_clat.zoo import load_from_robustbench
 
 SCRIPT = Path(__file__).parents[1] / "evaluation" / "robustbench_submission.py"
 ID = "Someone2026Title_R10"
