@@ -1,4 +1,4 @@
-"""AutoAttack on a classifier, and the result in RobustBench's format."""
+"""AutoAttack on a classifier."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Iterator
+import zipfile
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +20,6 @@ import torch
 from art.estimators.classification import PyTorchClassifier
 from torch import nn
 
-from art_clat._robustbench import robustbench_utils
 from art_clat.attacks import Ascent, L1Ball, L2Ball, LinfBall, in_chunks
 from art_clat.autoattack import VERSIONS, Attack, Ensemble, heard
 from art_clat.checkpoint import describe_inputs, fingerprint, text_of, weights
@@ -53,18 +51,14 @@ Verdicts = npt.NDArray[np.bool_]
 #: How long a process that is done with its batches waits for one that is not; one that dies is noticed at once.
 PATIENCE = timedelta(days=7)
 
+#: Version of what :meth:`RobustnessReport.save` writes; another one is refused.
+FORMAT = 1
+
 #: RobustBench's names of the norms, what users write for them, and the balls.
 NORMS: dict[str, tuple[tuple[object, ...], type[LinfBall | L2Ball | L1Ball]]] = {
     "Linf": (("Linf", "linf", "inf", np.inf), LinfBall),
     "L2": (("L2", "l2", 2), L2Ball),
     "L1": (("L1", "l1", 1), L1Ball),
-}
-
-#: Test examples and ε that RobustBench's leaderboards ask for.
-LEADERBOARDS: dict[str, dict[str, Any]] = {
-    "cifar10": {"nb_examples": 10_000, "eps": {"Linf": 8 / 255, "L2": 0.5}},
-    "cifar100": {"nb_examples": 10_000, "eps": {"Linf": 8 / 255}},
-    "imagenet": {"nb_examples": 5_000, "eps": {"Linf": 4 / 255}},
 }
 
 
@@ -200,8 +194,43 @@ class RobustnessReport:
             torch.save(torch.as_tensor(self.adversarial), folder / "adversarial.pt")
         if self.attacks:
             save_figure(self.plot(), folder / "waterfall.png")
-        text = json.dumps({**self.to_dict(), **about}, indent=2, ensure_ascii=False)
+        text = json.dumps({"format": FORMAT, **self.to_dict(), **about}, indent=2, ensure_ascii=False)
         (folder / "report.json").write_text(f"{text}\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> tuple[RobustnessReport, dict[str, Any]]:
+        """
+        Read what :meth:`save` wrote, without the adversarial examples. Nothing in the files is ever executed.
+
+        :param folder: The folder.
+        :return: The report, and what else was said in ``report.json``.
+        :raises ValueError: If it is no such folder, of another format, or its files are damaged or not of one report.
+        """
+        path = Path(folder) / "report.json"
+        if not path.is_file():
+            raise ValueError(f"`folder`: {folder} holds no evaluation: there is no report.json.")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content.get("format") != FORMAT:
+                raise ValueError(f"its format is {content.get('format')}, this version of art_clat reads {FORMAT}")
+            with np.load(path.with_name("verdicts.npz"), allow_pickle=False) as file:
+                verdicts: dict[str, Any] = {name: file[name] for name in ("clean", "pgd")}
+                verdicts["transfer"] = file["transfer"] if "transfer" in file.files else None
+                attacks = {name: file[f"autoattack/{name}"] for name in content["attacks"]}
+            fields = {field.name for field in dataclasses.fields(cls)} & content.keys()
+            report = cls(
+                **{name: content[name] for name in fields - {"attacks", "warnings"}},
+                **verdicts,
+                autoattack=next(reversed(attacks.values()), None),
+                attacks=attacks,
+                warnings=tuple(content["warnings"]),
+            )
+            figures = report.to_dict()
+            if len(report.clean) != report.nb_examples or any(content[name] != figures[name] for name in figures):
+                raise ValueError("its figures are not those of the verdicts in verdicts.npz")
+        except (OSError, KeyError, TypeError, AttributeError, ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(f"`folder`: the evaluation in {folder} cannot be read: {error}.") from error
+        return report, {name: value for name, value in content.items() if name not in {"format", *figures}}
 
     def __str__(self) -> str:
         restarts = f", {self.pgd_restarts} restarts" if self.pgd_restarts > 1 else ""
@@ -431,111 +460,6 @@ def evaluate_robustness(
     )
 
 
-def write_robustbench_entry(
-    report: RobustnessReport,
-    *,
-    model_id: str,
-    dataset: str,
-    directory: str | os.PathLike[str] = ".",
-    link: str | None = None,
-    name: str | None = None,
-    authors: str | None = None,
-    venue: str | None = None,
-    architecture: str | None = None,
-    additional_data: bool | None = None,
-    footnote: str | None = None,
-) -> Path:
-    """
-    Write ``model_info/<dataset>/<threat model>/<model id>.json`` through RobustBench's own ``update_json``.
-
-    What keeps the result from being a claim to the leaderboard (fewer examples than it asks for, another ε, another
-    version of AutoAttack, a data set it does not have) is said in the entry's footnote.
-
-    :param report: What :func:`evaluate_robustness` returned, AutoAttack included; ``Linf`` or ``L2``.
-    :param model_id: RobustBench's key of the model, e.g. ``"Gopal2024Criticality_R18"``; the file's name.
-    :param dataset: ``"cifar10"``, ``"cifar100"``, ``"imagenet"``, or any other plain name.
-    :param directory: Where ``model_info`` is or shall be.
-    :param link: Link to the paper.
-    :param name: Title of the paper.
-    :param authors: Authors of the paper.
-    :param venue: Where it was published.
-    :param architecture: The network, as RobustBench writes it, e.g. ``"ResNet-18"``.
-    :param additional_data: Whether other training data were used; `None` for what the entry says, or else no.
-    :param footnote: What else readers should know; footnotes are written anew every time.
-    :return: The file. One that is there already is updated.
-    :raises ValueError: If AutoAttack was not run, RobustBench has no such threat model, or a name cannot be a file's.
-    :raises ImportError: If RobustBench is not installed.
-    """
-    if report.autoattack_accuracy is None:
-        raise ValueError("`report` has no AutoAttack result; RobustBench's entries are made of it.")
-    if report.norm not in ("Linf", "L2"):
-        raise ValueError(f"`report`: RobustBench has entries for Linf and L2, got {report.norm}.")
-    for argument, value in (("model_id", model_id), ("dataset", dataset)):
-        if not value or Path(value).name != value or value.startswith("."):
-            raise ValueError(f"`{argument}` must be a plain file name, got {value!r}.")
-    utils = robustbench_utils()
-    from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
-
-    known = {member.value for member in BenchmarkDataset}
-    member = BenchmarkDataset(dataset) if dataset in known else SimpleNamespace(value=dataset)
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _working_directory(folder):
-        utils.update_json(
-            member, ThreatModel(report.norm), model_id, report.clean_accuracy, report.autoattack_accuracy, report.eps
-        )
-    path = folder / "model_info" / dataset / report.norm / f"{model_id}.json"
-    described = utils.ModelInfo(
-        link=link,
-        name=name,
-        authors=authors,
-        venue=venue,
-        architecture=architecture,
-        additional_data=additional_data,
-        number_forward_passes=1,
-        dataset=dataset,
-        eps=_as_robustbench_writes(report.eps, report.norm),
-    )
-    notes = [*([footnote] if footnote else []), *_shortfalls(report, dataset)]
-    entry = json.loads(path.read_text(encoding="utf-8"))
-    entry.update({key: value for key, value in dataclasses.asdict(described).items() if value is not None})
-    entry["additional_data"] = bool(entry["additional_data"])
-    entry["footnote"] = " ".join(notes) or None
-    path.write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
-    return path
-
-
-def _shortfalls(report: RobustnessReport, dataset: str) -> list[str]:
-    """Say what keeps a result from being a leaderboard claim."""
-    asked = LEADERBOARDS.get(dataset)
-    if asked is None:
-        return [
-            f"Not a leaderboard result: RobustBench has no leaderboard for {dataset} ({report.nb_examples} examples)."
-        ]
-    found = []
-    if report.nb_examples < asked["nb_examples"]:
-        found.append(
-            f"evaluated on {report.nb_examples} of the {asked['nb_examples']} examples the leaderboard asks for"
-        )
-    eps = asked["eps"].get(report.norm)
-    if eps is None:
-        found.append(f"RobustBench has no {report.norm} leaderboard for {dataset}")
-    elif not np.isclose(report.eps, eps, rtol=1e-6):
-        here, there = (_as_robustbench_writes(value, report.norm) for value in (report.eps, eps))
-        found.append(f"ε = {here} instead of {there}")
-    if report.autoattack_version != "standard":
-        found.append(f"AutoAttack's {report.autoattack_version} version instead of the standard one")
-    found += [f"AutoAttack warned: {message}" for message in report.warnings]
-    return [f"Not a leaderboard result: {'; '.join(found)}."] if found else []
-
-
-def _as_robustbench_writes(eps: float, norm: str) -> str:
-    """Write ε as RobustBench does: for Linf as a fraction of 255 where it is one, e.g. ``8/255``."""
-    pixels = eps * 255
-    in_pixels = norm == "Linf" and np.isclose(pixels, round(pixels), rtol=0, atol=1e-6)
-    return f"{round(pixels)}/255" if in_pixels else f"{eps:g}"
-
-
 def _norm_name(norm: object) -> str:
     for name, (spellings, _) in NORMS.items():
         if norm in spellings:
@@ -613,14 +537,3 @@ def _log(ranks: Ranks, message: str, *, level: int = logging.INFO) -> None:
     """Log once, whatever the number of processes; AutoAttack's figures in its own words."""
     if ranks.rank == 0:
         logger.log(level, "%s", message)
-
-
-@contextlib.contextmanager
-def _working_directory(path: Path) -> Iterator[None]:
-    """RobustBench writes below the working directory."""
-    before = Path.cwd()
-    try:
-        os.chdir(path)
-        yield
-    finally:
-        os.chdir(before)

@@ -71,7 +71,7 @@ def load_model(
     :raises OSError: If a file is missing and cannot be downloaded.
     """
     if ":" in name:
-        loaded = _function(name)()
+        loaded = load_function(name)()
         if not isinstance(loaded, (nn.Module, PyTorchClassifier)):
             raise ValueError(
                 f"`model`: {name} must give a torch.nn.Module or an ART PyTorchClassifier, got {loaded!r}."
@@ -134,7 +134,14 @@ def load_data(
     return TestData(x[:nb_examples], y[:nb_examples], nb_classes or classes)
 
 
-def _function(name: str) -> Callable[[], Any]:
+def load_function(name: str) -> Callable[[], Any]:
+    """
+    Give a function by its name.
+
+    :param name: ``module:function`` or ``path/to/file.py:function``.
+    :return: The function.
+    :raises ValueError: If there is none.
+    """
     where, _, function = name.rpartition(":")
     try:
         if where.endswith(".py"):

@@ -10,7 +10,10 @@ itself under ``--output``: killed, the same command continues it.
 """
 
 import argparse
+import json
 import logging
+import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +90,8 @@ def main():
 
     save_file(model.state_dict(), args.output / "clat.safetensors")
     trainer.history.to_json(args.output / "history.json")
+    command = shlex.join(["python", "examples/cifar10_resnet18.py", *sys.argv[1:]])
+    (args.output / "run.json").write_text(json.dumps({"command": command}) + "\n")
     save(trainer.history.plot_curves(), args.output / "curves.png")
     if trainer.history.selections:
         save(trainer.history.plot_heat_map(), args.output / "heat-map.png")

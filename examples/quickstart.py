@@ -138,6 +138,7 @@ def main():
             for name in ("art_clat", "torch", "adversarial-robustness-toolbox", "timm", "pyautoattack", "robustbench")
         },
     }
+    (args.output / "run.json").write_text(json.dumps(setting, indent=2) + "\n")
     table = "\n".join(lines)
     (args.output / "table.md").write_text(f"{table}\n\n```json\n{json.dumps(setting, indent=2)}\n```\n")
     print(f"\n{table}\n\nEverything else is in {args.output}.")
