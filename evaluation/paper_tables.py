@@ -24,6 +24,7 @@ import json
 import logging
 import os
 import platform
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -68,6 +69,13 @@ def resolve(config, name):
         return {"tuned_by": name, **arm}
     base = resolve(config, arm["like"])
     return {**base, **arm, "trainer": {**base.get("trainer", {}), **arm.get("trainer", {})}}
+
+
+def resolve_preset(config, name):
+    """Give a preset with what it has from the preset it is like."""
+    preset = config["presets"][name]
+    base = resolve_preset(config, preset["like"]) if "like" in preset else {}
+    return {key: value for key, value in {**base, **preset}.items() if key != "like"}
 
 
 def grid(arm):
@@ -156,7 +164,7 @@ class Bench:
     """One preset's runs: where they are kept, and how each is made."""
 
     def __init__(self, config, name, *, results, work, data, device="cpu"):
-        self.config, self.name, self.preset = config, name, config["presets"][name]
+        self.config, self.name, self.preset = config, name, resolve_preset(config, name)
         self.results, self.work, self.data, self.device = Path(results) / name, Path(work) / name, data, device
         self.total = self.preset["first_stage_epochs"] + self.preset["epochs"]
 
@@ -642,9 +650,14 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int, default=None, help="which seeds; the preset's by default")
     parser.add_argument("--retry", action="store_true", help="run failed runs again")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--minutes", type=float, default=None, help="stop after so long; the next call goes on")
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO)
+    if args.minutes is not None:  # as good as a kill: what is saved is whole
+        timer = threading.Timer(60 * args.minutes, os._exit, [0])
+        timer.daemon = True
+        timer.start()
     config = load_config(args.config)
     if args.preset not in config["presets"]:
         parser.error(f"--preset must be one of {', '.join(config['presets'])}, got {args.preset}")

@@ -59,6 +59,13 @@ class TestConfiguration:
         for table in CONFIG["tables"].values():
             assert all(arm in CONFIG["arms"] for arm in table["arms"])
 
+    def test_presets_like_another(self):
+        gpu, full = (paper_tables.resolve_preset(CONFIG, name) for name in ("gpu", "full"))
+        assert full == {**gpu, "amp": False, "channels_last": False, "autoattack_images": 10_000}
+        assert paper_tables.resolve_preset(CONFIG, "full_densenet121") == {**full, "backbone": "densenet121_cifar"}
+        settings = set(gpu) | {"stem_stride", "validated_images", "backbone_arguments"}
+        assert all(set(paper_tables.resolve_preset(CONFIG, name)) <= settings for name in CONFIG["presets"])
+
     def test_like_takes_over_all_but_what_is_given(self):
         config = {
             "arms": {
