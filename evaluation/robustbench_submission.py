@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import re
 import shutil
 import sys
 import tempfile
@@ -105,7 +106,9 @@ def correct(network: nn.Module, x: torch.Tensor, y: torch.Tensor) -> npt.NDArray
     return (torch.cat([network(batch).argmax(1) for batch in x.split(128)]) == y).numpy()
 
 
-def form(args: argparse.Namespace, report: RobustnessReport, about: dict[str, Any], doubts: list[str]) -> str:
+def form(
+    args: argparse.Namespace, report: RobustnessReport, about: dict[str, Any], doubts: list[str], definition: str
+) -> str:
     """Fill in RobustBench's "New Model(s)" form."""
     eps = as_robustbench_writes(report.eps, report.norm)
     dataset, norm = about["data"]["name"], report.norm
@@ -118,6 +121,9 @@ def form(args: argparse.Namespace, report: RobustnessReport, about: dict[str, An
     places = f"checkpoint: {args.checkpoint_url or TODO}, code: {args.code_url or TODO}"
     mit = args.license == "MIT"
     custom = args.license if args.license and not mit else None
+    # RobustBench's own helper for normalisation is no architecture.
+    architectures = re.search(r"from robustbench\.model_zoo\.architectures\.(?!utils_architectures)", definition)
+    needed = " The definition needs the package art_clat." if "from art_clat" in definition else ""
     packages = ", ".join(f"{name} {version}" for name, version in about.get("versions", {}).items())
     attacks = ", ".join(report.attacks)
     return f"""Title: {head}
@@ -146,7 +152,7 @@ def form(args: argparse.Namespace, report: RobustnessReport, about: dict[str, An
 # Model Zoo:
 
 - [{"x" if public else " "}] I want to add my models to the Model Zoo (check if true)
-- [x] I use an architecture that is **not** included among those
+- [{" " if architectures else "x"}] I use an architecture that is **not** included among those
   [here](https://github.com/RobustBench/robustbench/tree/master/robustbench/model_zoo/architectures) (check if true).
 - [{"x" if mit else " "}] I agree to release my model(s) under MIT license (check if true) **OR**
 - [{"x" if custom else " "}] I want my models to be released under a custom license, located here: {custom or ""}
@@ -163,7 +169,8 @@ def form(args: argparse.Namespace, report: RobustnessReport, about: dict[str, An
 | `evaluation/` | AutoAttack's log, adversarial examples, and the verdict on each example after each attack |
 
 The network was loaded from these files by RobustBench's `load_model`, and decides on the adversarial examples as the
-evaluation says{benchmarked(args)}. In this folder:
+evaluation says{benchmarked(args)}.{needed}
+In this folder:
 
 ```python
 import sys
@@ -262,7 +269,7 @@ def pack(args: argparse.Namespace, folder: Path) -> list[str]:
             shutil.copyfile(args.run / name, folder / "evaluation" / name)
     if args.additional_data:
         doubts.append("additional training data: RobustBench lists it, marked, and apart from those without")
-    (folder / "ISSUE.md").write_text(form(args, report, about, doubts), encoding="utf-8")
+    (folder / "ISSUE.md").write_text(form(args, report, about, doubts, text), encoding="utf-8")
     return doubts
 
 
