@@ -336,10 +336,10 @@ def prepare(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob("*.safetensors.*.tmp"):
-            left.unlink()
+            left.unlink(missing_ok=True)  # another process may be clearing, too
         probe = folder / f"probe.safetensors.{os.getpid()}.tmp"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise _cannot_write(folder, error) from error
 

@@ -59,9 +59,10 @@ class Folder:
 
     def check(self) -> None:
         """
-        Refuse a folder with anything else in it than this evaluation; nothing is written.
+        Refuse a folder with anything else in it than this evaluation, or that cannot be written to.
 
-        :raises ValueError: In that case.
+        :raises ValueError: In the first case.
+        :raises OSError: In the second case.
         """
         if self._run.exists():
             check_description(read(self._run)[1]["description"], self._description, self._path)
@@ -71,14 +72,14 @@ class Folder:
             raise ValueError(
                 f"`checkpoint`: {self._path} holds something else than an evaluation. Name a new or empty folder."
             )
+        prepare(self._path)
 
     def open(self) -> None:
         """
-        Make the folder this evaluation's.
+        Make the folder this evaluation's, once all processes have checked it.
 
         :raises OSError: If it cannot be written to.
         """
-        prepare(self._path)
         write(self._run, {}, {"description": self._description})
 
     def load(self, attack: str, number: int, indices: torch.Tensor) -> _Batch | None:
@@ -159,6 +160,7 @@ class Evaluation:
         self._costs = dict(costs)
         self._device, self._batch_size, self._seed = device, batch_size, seed
         self._ranks, self._folder = ranks, folder
+        self._restored = 0.0
         self._bar = tqdm(
             total=len(x) * sum(costs.values()) / ranks.size,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
@@ -206,7 +208,8 @@ class Evaluation:
             batch = saved
         work = len(indices) * self._costs[name]
         if saved is not None:
-            self._bar.initial += work  # which took no time
+            self._restored += work
+            self._bar.initial = self._restored  # it took no time
         self._bar.update(work)
         return batch
 

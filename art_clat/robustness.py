@@ -388,7 +388,6 @@ def evaluate_robustness(
             folder.check()
             ranks.gather(None)  # all have looked before one writes
             folder.open()
-            ranks.gather(None)
         evaluation = Evaluation(
             model,
             inputs,
