@@ -14,6 +14,7 @@ from torch import nn
 from art_clat import RobustnessReport, create_backbone, evaluate_robustness, write_robustbench_entry
 from art_clat._robustbench import autoattack, robustbench_utils
 from art_clat.robustbench import leaderboard_row, run_benchmark
+from art_clat.sources import only_test_files
 from art_clat.zoo import load_from_robustbench, model_definition, write_checkpoint
 
 CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
@@ -149,9 +150,8 @@ def test_robustbenchs_own_benchmark_agrees_on_real_cifar10_example_by_example(tm
     robustbench_utils()
     import robustbench.data
 
-    # RobustBench's loader asks torchvision for the training batches' checksums too, for `download=True`.
-    monkeypatch.setattr(robustbench.data.datasets.CIFAR10, "train_list", [])
-    x, y = robustbench.data.load_cifar10(100, str(tmp_path))
+    with only_test_files(robustbench.data.datasets.CIFAR10):
+        x, y = robustbench.data.load_cifar10(100, str(tmp_path))
     model = create_backbone(**VIT)
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
     for _ in range(40):
