@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ from torch import nn
 
 from art_clat._robustbench import robustbench_utils
 from art_clat.robustness import RobustnessReport
+from art_clat.sources import only_test_files
 
 #: Test examples and ε that RobustBench's leaderboards ask for.
 LEADERBOARDS: dict[str, dict[str, Any]] = {
@@ -176,7 +178,7 @@ def run_benchmark(
     :param norm: ``"Linf"`` or ``"L2"``.
     :param eps: In units of inputs in [0, 1].
     :param nb_examples: Number of test examples, the first ones.
-    :param data_dir: Where the data set is, or is downloaded to, in torchvision's layout.
+    :param data_dir: Where the test set is, or is downloaded to, in torchvision's layout.
     :param directory: Where ``benchmark`` writes ``model_info``.
     :param batch_size: Examples in a batch.
     :param seed: Of AutoAttack; `None` for RobustBench's way, the time in seconds.
@@ -186,6 +188,7 @@ def run_benchmark(
     :raises ImportError: If RobustBench is not installed.
     """
     robustbench_utils()
+    import robustbench.data
     import robustbench.eval
 
     found: list[npt.NDArray[np.bool_]] = []
@@ -202,16 +205,16 @@ def run_benchmark(
                 found.append((torch.cat(predicted) == y.cpu()).numpy())
             return x_adv
 
-    original, robustbench.eval.AutoAttack = robustbench.eval.AutoAttack, Recorded
-    data_dir = Path(data_dir).resolve()
-    try:
-        with _working_directory(Path(directory)):
-            clean, robust = robustbench.eval.benchmark(
-                model, n_examples=nb_examples, dataset=dataset, threat_model=norm, to_disk=True, model_name=model_id,
-                data_dir=str(data_dir), device=torch.device(device), batch_size=batch_size, eps=eps,
-            )  # fmt: skip
-    finally:
-        robustbench.eval.AutoAttack = original
+    place = str(Path(data_dir).resolve())
+    with contextlib.ExitStack() as stack:
+        if dataset in ("cifar10", "cifar100"):
+            stack.enter_context(only_test_files(getattr(robustbench.data.datasets, dataset.upper())))
+        stack.enter_context(mock.patch.object(robustbench.eval, "AutoAttack", Recorded))
+        stack.enter_context(_working_directory(Path(directory)))
+        clean, robust = robustbench.eval.benchmark(
+            model, n_examples=nb_examples, dataset=dataset, threat_model=norm, to_disk=True, model_name=model_id,
+            data_dir=place, device=torch.device(device), batch_size=batch_size, eps=eps,
+        )  # fmt: skip
     return clean, robust, found[0]
 
 

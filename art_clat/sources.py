@@ -192,7 +192,7 @@ def _cifar(name: str, data_dir: Path, nb_examples: int | None) -> tuple[npt.NDAr
     robustbench = _robustbench_data()
     dataset = getattr(robustbench.datasets, name.upper())
     try:
-        with _only_test_files(dataset):
+        with only_test_files(dataset):
             x, y = getattr(robustbench, f"load_{name}")(nb_examples, str(data_dir))
     except Exception as error:  # of torchvision, of the network, of the disk
         raise FileNotFoundError(
@@ -205,8 +205,12 @@ def _cifar(name: str, data_dir: Path, nb_examples: int | None) -> tuple[npt.NDAr
 
 
 @contextmanager
-def _only_test_files(dataset: Any) -> Iterator[None]:
-    """Have torchvision ask for the files of the test set only."""
+def only_test_files(dataset: Any) -> Iterator[None]:
+    """
+    Have torchvision ask for the files of the test set only.
+
+    :param dataset: torchvision's class of CIFAR.
+    """
     with mock.patch.object(dataset, "train_list", []):
         yield
 

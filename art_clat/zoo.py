@@ -72,10 +72,10 @@ def model_definition(
     """
     Write the Python file that makes a network loadable with RobustBench's ``load_model``.
 
-    Its function is registered with timm under the name that ``load_model`` asks for. For timm's networks, also as
-    :func:`~art_clat.create_backbone` adapts them, it consists of what they differ in from ``timm.create_model``'s, and
-    needs timm and RobustBench only. For others it is the source of `make`'s module and a call of it, or an import where
-    `make` is this package's. RobustBench keeps such files in ``robustbench/model_zoo/architectures/``.
+    Its function is registered with timm under the name that ``load_model`` asks for. For networks of timm and of
+    RobustBench, also as :func:`~art_clat.create_backbone` adapts them, it says how they are made with those, and needs
+    nothing else. For others it is the source of `make`'s module and a call of `make`, or an import where that is this
+    package's. RobustBench keeps such files in ``robustbench/model_zoo/architectures/``.
 
     :param make: Makes the network, e.g. :func:`~art_clat.create_backbone`; a function or class at the top of a module.
     :param arguments: What to call it with; values whose ``repr`` is Python.
@@ -90,7 +90,7 @@ def model_definition(
     name = timm_name(model_id, dataset, norm)
     if not make.__qualname__.isidentifier():
         raise ValueError(f"`make` must be at the top of a module, got {make.__qualname__}.")
-    lines = _differences_from_timm(make, arguments)
+    lines = _recipe(make, arguments)
     if lines is not None:
         source = _IMPORTS
     else:
@@ -146,8 +146,8 @@ def {name}(pretrained=False, **kwargs):
 '''
 
 
-def _differences_from_timm(make: Callable[..., nn.Module], arguments: Mapping[str, object]) -> list[str] | None:
-    """Write what turns a network of timm's into the one that is made; `None` where that takes more than this knows."""
+def _recipe(make: Callable[..., nn.Module], arguments: Mapping[str, object]) -> list[str] | None:
+    """Write how the network is made of timm's or RobustBench's; `None` where that takes more than this knows."""
     calls: list[tuple[str, dict[str, Any], nn.Module]] = []
     original = timm.create_model
 
@@ -167,10 +167,20 @@ def _differences_from_timm(make: Callable[..., nn.Module], arguments: Mapping[st
             if created is target and timm.model_entrypoint(name).__module__.startswith("timm.")
         )
         name, kwargs = next(of_timm, ("", {}))
-        if not name or not _is_literal(kwargs):
+        if name and _is_literal(kwargs):
+            base = original(name, **kwargs)
+            lines = [f"model = timm.create_model({name!r}, {_written(kwargs)})", *_adaptations(base, target)]
+        elif type(target).__module__.startswith("robustbench."):
+            positional, kwargs = _constructor_call(make, arguments, type(target))
+            base = type(target)(*positional, **kwargs)
+            classes = [type(target), *(value for value in positional if isinstance(value, type))]
+            if not _is_literal([*(value for value in positional if not isinstance(value, type)), kwargs]):
+                return None
+            written = [value.__name__ if isinstance(value, type) else repr(value) for value in positional]
+            lines = [f"from {one.__module__} import {one.__name__}" for one in classes]
+            lines.append(f"model = {type(target).__name__}({', '.join([*written, _written(kwargs)])})")
+        else:
             return None
-        base = original(name, **kwargs)
-        lines = [f"model = timm.create_model({name!r}, {_written(kwargs)})", *_adaptations(base, target)]
     shapes, wanted = ({key: value.shape for key, value in net.state_dict().items()} for net in (base, target))
     if repr(base) != repr(target) or shapes != wanted:
         return None
@@ -181,6 +191,22 @@ def _differences_from_timm(make: Callable[..., nn.Module], arguments: Mapping[st
         )
         lines.append(f"model = normalize_model(model, mean={mean}, std={std})")
     return lines
+
+
+def _constructor_call(
+    make: Callable[..., nn.Module], arguments: Mapping[str, object], made: type[nn.Module]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Give the arguments with which a class is called while the network is made, the first time."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    original = made.__init__
+
+    def recorded(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        calls.append((args, kwargs))
+        original(self, *args, **kwargs)
+
+    with mock.patch.object(made, "__init__", recorded):
+        make(**arguments)
+    return calls[0]
 
 
 def _adaptations(base: nn.Module, target: nn.Module) -> Iterator[str]:

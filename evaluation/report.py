@@ -21,6 +21,7 @@ import base64
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from typing import Any
 
 import jinja2
 import matplotlib
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
@@ -253,7 +255,7 @@ class Page:
         environment = jinja2.Environment(
             autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
         )
-        environment.filters |= {"percent": _percent, "text": _text}
+        environment.filters |= {"percent": _percent, "text": _text, "breakable": _breakable}
         return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(page=self, generator=GENERATOR)
 
 
@@ -287,6 +289,11 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.2f} %"
+
+
+def _breakable(name: str) -> Markup:
+    """Let a long name go on in the next line after a slash or an underscore."""
+    return Markup("<wbr>").join(re.split(r"(?<=[/_])", name))
 
 
 def _text(value: object) -> str:

@@ -30,7 +30,7 @@ def script():
 class Page(HTMLParser):
     """Tags with their attributes, the cells of every table, and what is wrong with the nesting."""
 
-    VOID = frozenset(("meta", "img", "br", "hr", "link", "input"))
+    VOID = frozenset(("meta", "img", "wbr", "link"))
 
     def __init__(self, html):
         super().__init__()

@@ -8,20 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
 from torch import nn
 
 from art_clat import RobustnessReport, create_backbone, evaluate_robustness, write_robustbench_entry
 from art_clat._robustbench import autoattack, robustbench_utils
 from art_clat.robustbench import leaderboard_row, run_benchmark
-from art_clat.zoo import load_from_robustbench, model_definition, timm_name, zoo_entry
+from art_clat.sources import only_test_files
+from art_clat.zoo import load_from_robustbench, model_definition, write_checkpoint
 
 CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
-BACKBONE = {
-    "name": "resnet10t", "num_classes": 10, "input_size": (3, 32, 32), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.3),
-    "channels": (4, 8, 8, 8), "stem_width": 4,
-}  # fmt: skip
 #: Few and small operations, since AutoAttack makes thousands of passes.
 VIT = {
     "name": "vit_tiny_patch16_224", "num_classes": 10, "input_size": (3, 32, 32), "patch_size": 16, "depth": 1,
@@ -117,98 +113,22 @@ ID = "Someone2026Small-R10"
 SETTING = {"model_id": ID, "dataset": "cifar10", "norm": "Linf"}
 
 
-class TestModelZoo:
-    @pytest.fixture
-    def packed(self, tmp_path):
-        """A network with weights of its own, its definition and its weights."""
-        model = create_backbone(**BACKBONE)
-        model(torch.rand(32, 3, 32, 32))  # BatchNorm's statistics too
-        (tmp_path / "definition.py").write_text(model_definition(create_backbone, BACKBONE, **SETTING))
-        torch.save(model.state_dict(), tmp_path / "weights.pt")
-        return model.eval(), tmp_path / "definition.py", tmp_path / "weights.pt"
-
-    def test_name_is_what_robustbench_asks_timm_for(self):
-        assert timm_name("Debenedetti2022Light_XCiT-S12", "cifar10", "Linf") in timm.list_models("*_cifar10_linf")
-
-    def test_robustbenchs_load_model_gives_the_same_logits(self, packed):
-        model, definition, weights = packed
-        loaded = load_from_robustbench(definition, weights, **SETTING)
-        x = torch.rand(4, 3, 32, 32)
-        assert not loaded.training
-        assert torch.equal(loaded(x), model(x))
-
-    def test_needs_nothing_else_of_this_package(self, packed, tmp_path):
-        """As RobustBench would have it: its load_model, the zoo's entry, and no art_clat."""
-        model, _, weights = packed
-        x = torch.rand(4, 3, 32, 32)
-        torch.save(x, tmp_path / "x.pt")
-        code = f"""
-import sys, timm, torch
-from art_clat._robustbench import robustbench_utils  # AutoAttack under the name that RobustBench imports it by
-load_model = robustbench_utils().load_model
-for name in [name for name in sys.modules if name.split(".")[0] == "art_clat"]:
-    sys.modules[name] = None  # importing it fails
-sys.path.insert(0, {str(tmp_path)!r})
-import definition
-zoo = dict([{zoo_entry(**SETTING)}])
-x = torch.load({str(tmp_path / "x.pt")!r})
-loaded = load_model({ID!r}, dataset="cifar10", threat_model="Linf", custom_checkpoint={str(weights)!r})
-other = zoo[{ID!r}]["model"]().eval()  # of random weights
-assert zoo[{ID!r}]["gdrive_id"] is None and other.state_dict().keys() == loaded.state_dict().keys()
-torch.save((loaded(x), other(x)), {str(tmp_path / "logits.pt")!r})
-"""
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr[-3000:]
-        assert "without CHECKPOINT_URL the weights are those of `custom_checkpoint`, or random" in result.stderr
-        logits, random = torch.load(tmp_path / "logits.pt")
-        assert torch.equal(logits, model(x)) and not torch.allclose(random, logits)
-
-    def test_downloads_published_weights(self, packed, tmp_path, monkeypatch):
-        model, definition, weights = packed
-        text = model_definition(create_backbone, BACKBONE, **SETTING, checkpoint_url=f"file://{weights}")
-        definition.write_text(text)
-        load_from_robustbench(definition, weights, **SETTING)  # registers it
-        name = timm_name(**SETTING)
-        monkeypatch.setattr(sys.modules[name], "CHECKPOINT_URL", f"file://{weights}")
-        monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
-        loaded = robustbench_utils().load_model(ID, dataset="cifar10", threat_model="Linf")
-        assert f"CHECKPOINT_URL = 'file://{weights}'" in text
-        assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.state_dict().items())
-
-    def test_row_is_robustbenchs(self, report, tmp_path):
-        write_robustbench_entry(
-            report, model_id=ID, dataset="cifar10", directory=tmp_path, link="https://example.org/paper",
-            name="A title", authors="Some One, Else Body", venue="Nowhere 2026", architecture="ResNet-10",
-        )  # fmt: skip
-        head, _, row = leaderboard_row(ID, dataset="cifar10", norm="Linf", directory=tmp_path).splitlines()
-        cells = [cell.strip() for cell in row.strip("|").split("|")]
-        assert len(cells) == len(head.strip("|").split("|")) == 7
-        assert f"**{ID}**" in cells[1] and "[A title](https://example.org/paper)" in cells[2]
-        assert ["75.00%" in cells[3], "50.00%" in cells[4]] == [True, True]
-        assert ID not in robustbench_utils().all_models[robustbench_utils().BenchmarkDataset("cifar10")]
-        with contextlib.chdir(tmp_path) if hasattr(contextlib, "chdir") else pytest.skip("needs Python 3.11"):
-            _, bibtex = robustbench_utils().get_leaderboard_bibtex("cifar10", "Linf")
-            assert "Some One and Else Body" in bibtex and "year\t= {2026}" in bibtex
-            latex = robustbench_utils().get_leaderboard_latex("cifar10", "Linf", sort_by="autoattack_acc")
-            assert "75.0 & 50.0 & N & RN-10 & Nowhere 2026" in latex
-
-    @pytest.mark.parametrize(
-        ("change", "match"),
-        [
-            ({"dataset": "digits"}, "`dataset`: RobustBench's load_model knows cifar10, cifar100, imagenet"),
-            ({"model_id": "2026Name"}, "`model_id` must be letters, digits"),
-            ({"model_id": "a.b"}, "`model_id` must be letters, digits"),
-        ],
-    )
-    def test_names_that_robustbench_cannot_load(self, change, match):
-        with pytest.raises(ValueError, match=match):
-            timm_name(**{**SETTING, **change})
-
-    def test_a_maker_without_a_module_to_copy(self):
-        with pytest.raises(ValueError, match="`make` must be at the top of a module"):
-            model_definition(lambda: nn.Identity(), {}, **SETTING)
-        with pytest.raises(ValueError, match="the source of Built is not available"):
-            model_definition(type("Built", (nn.Module,), {"__module__": "builtins"}), {}, **SETTING)
+def test_row_is_robustbenchs(report, tmp_path):
+    write_robustbench_entry(
+        report, model_id=ID, dataset="cifar10", directory=tmp_path, link="https://example.org/paper",
+        name="A title", authors="Some One, Else Body", venue="Nowhere 2026", architecture="ResNet-10",
+    )  # fmt: skip
+    head, _, row = leaderboard_row(ID, dataset="cifar10", norm="Linf", directory=tmp_path).splitlines()
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert len(cells) == len(head.strip("|").split("|")) == 7
+    assert f"**{ID}**" in cells[1] and "[A title](https://example.org/paper)" in cells[2]
+    assert ["75.00%" in cells[3], "50.00%" in cells[4]] == [True, True]
+    assert ID not in robustbench_utils().all_models[robustbench_utils().BenchmarkDataset("cifar10")]
+    with contextlib.chdir(tmp_path) if hasattr(contextlib, "chdir") else pytest.skip("needs Python 3.11"):
+        _, bibtex = robustbench_utils().get_leaderboard_bibtex("cifar10", "Linf")
+        assert "Some One and Else Body" in bibtex and "year\t= {2026}" in bibtex
+        latex = robustbench_utils().get_leaderboard_latex("cifar10", "Linf", sort_by="autoattack_acc")
+        assert "75.0 & 50.0 & N & RN-10 & Nowhere 2026" in latex
 
 
 @pytest.mark.skipif(not CIFAR10.exists(), reason="no CIFAR-10 at ../shared/data/cifar10")
@@ -230,9 +150,8 @@ def test_robustbenchs_own_benchmark_agrees_on_real_cifar10_example_by_example(tm
     robustbench_utils()
     import robustbench.data
 
-    # RobustBench's loader asks torchvision for the training batches' checksums too, for `download=True`.
-    monkeypatch.setattr(robustbench.data.datasets.CIFAR10, "train_list", [])
-    x, y = robustbench.data.load_cifar10(100, str(tmp_path))
+    with only_test_files(robustbench.data.datasets.CIFAR10):
+        x, y = robustbench.data.load_cifar10(100, str(tmp_path))
     model = create_backbone(**VIT)
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
     for _ in range(40):
@@ -243,7 +162,7 @@ def test_robustbenchs_own_benchmark_agrees_on_real_cifar10_example_by_example(tm
     ours = evaluate_robustness(model, x[:16].numpy(), y[:16].numpy(), norm="Linf", eps=0.5 / 255, batch_size=16, seed=5)
 
     (tmp_path / "definition.py").write_text(model_definition(create_backbone, VIT, **SETTING))
-    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    write_checkpoint(model, tmp_path / "weights.pt", tmp_path / "definition.py", **SETTING)
     theirs = load_from_robustbench(tmp_path / "definition.py", tmp_path / "weights.pt", **SETTING)
     arguments = {"eps": 0.5 / 255, "nb_examples": 16, "data_dir": tmp_path, "directory": tmp_path, "batch_size": 16}
     clean, robust, verdicts = run_benchmark(theirs, **SETTING, **arguments, seed=5)
