@@ -154,6 +154,7 @@ def run(args, command):
 def main():
     """Say what is wrong in a line, without a traceback."""
     args = parse(sys.argv[1:])
+    sys.path[0] = str(Path.cwd())  # modules of the user's, not the scripts beside this one
     try:
         run(args, shlex.join(["python", "evaluation/autoattack.py", *sys.argv[1:]]))
     except (ValueError, TypeError, OSError, ImportError) as error:

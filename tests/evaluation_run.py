@@ -14,6 +14,8 @@ from art_clat.autoattack import Ensemble
 
 SETTINGS = {"norm": "Linf", "eps": 0.1, "batch_size": 5, "pgd_max_iter": 5, "pgd_restarts": 2, "seed": 3}
 
+QUERIES = 100
+
 
 class Noisy(nn.Module):
     """A network whose outputs are random in evaluation mode, too."""
@@ -61,7 +63,7 @@ def quick(ensemble, name, part=Ensemble._part):
     """Square Attack with fewer queries: what is tested here is what goes on around the attacks."""
     attack = part(ensemble, name)
     if name == "square":
-        attack.n_queries = 200
+        attack.n_queries = QUERIES
     return attack
 
 

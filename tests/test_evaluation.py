@@ -16,10 +16,9 @@ from evaluation_run import SETTINGS, evaluate, held_out, outcome, trained
 from test_distributed import launch
 
 from art_clat import evaluate_robustness
-from art_clat.evaluation import Evaluation
 
 SCRIPT = Path(evaluation_run.__file__)
-NB_KILLS = int(os.environ.get("NB_KILLS", 4))
+NB_KILLS = int(os.environ.get("NB_KILLS", 3))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -116,13 +115,14 @@ def test_processes_agree_with_one(unbroken, tmp_path, nb_processes):
         assert_same(outcome(evaluate(kind, checkpoint=tmp_path / f"state-{kind}")), expected)
 
 
-class TestRefused:
-    @pytest.fixture(scope="class")
-    def run(self, tmp_path_factory):
-        folder = tmp_path_factory.mktemp("refused") / "run"
-        evaluate("standard", autoattack_version=None, checkpoint=folder)
-        return folder
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("refused") / "run"
+    evaluate("standard", autoattack_version=None, checkpoint=folder)
+    return folder
 
+
+class TestRefused:
     @pytest.mark.parametrize(
         ("change", "difference"),
         [
@@ -182,18 +182,3 @@ def test_progress_says_what_is_left(capsys):
     assert "transfer on" in capsys.readouterr().err
     evaluate("noisy")
     assert not capsys.readouterr().err
-
-
-def test_interrupted_from_the_keyboard_it_goes_on(unbroken, tmp_path, monkeypatch):
-    batch, done = Evaluation._batch, []
-
-    def interrupted(self, *args):
-        done.append(args)
-        if len(done) == 8:
-            raise KeyboardInterrupt
-        return batch(self, *args)
-
-    monkeypatch.setattr(Evaluation, "_batch", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate("standard", checkpoint=tmp_path / "run")
-    assert_same(outcome(evaluate("standard", checkpoint=tmp_path / "run")), unbroken["standard"])

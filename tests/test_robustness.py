@@ -1,9 +1,11 @@
 import dataclasses
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import evaluation_run
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,8 @@ from torch import nn
 
 from art_clat import RobustnessReport, create_backbone, evaluate_robustness
 from art_clat._robustbench import autoattack
+from art_clat.autoattack import Ensemble
+from art_clat.sources import load_data, load_model
 
 CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
 
@@ -69,10 +73,39 @@ class TestEvaluation:
         assert any(base.__module__.split(".")[0] in ("autoattack", "pyautoattack") for base in type(adversary).__mro__)
         x_adv = adversary.run_standard_evaluation(torch.tensor(x), torch.tensor(y), bs=128)
         assert (x_adv - torch.tensor(x)).abs().max() <= 0.04 + 1e-6
+        np.testing.assert_array_equal(report.adversarial, x_adv.numpy())  # to the last bit
         with torch.no_grad():
             np.testing.assert_array_equal(report.autoattack, (network(x_adv).argmax(1) == torch.tensor(y)).numpy())
         assert 0 < report.autoattack_accuracy <= report.pgd_accuracy + 1 / 24
         assert report.autoattack_accuracy < report.clean_accuracy
+
+    def test_the_verdicts_after_each_attack_are_those_of_the_authors(self, digits, caplog, monkeypatch):
+        """Also where survivors fill several batches."""
+        classifier, x, y = digits
+        x, y = x[:10], y[:10]
+        monkeypatch.setattr(Ensemble, "_part", evaluation_run.quick)
+        with caplog.at_level("INFO", "art_clat"):
+            report = evaluate_robustness(classifier, x, y, norm="Linf", eps=0.06, seed=5, batch_size=4)
+        names = ["apgd-ce", "apgd-t", "fab-t", "square"]
+        assert list(report.attacks) == names
+        network = classifier.model.eval()
+        adversary = autoattack().AutoAttack(network, norm="Linf", eps=0.06, seed=5, device="cpu", verbose=False)
+        adversary.logger.setLevel("DEBUG")
+        adversary.square.n_queries = evaluation_run.QUERIES
+        adversary.verbose = True  # its own account of what is left after each attack
+        with caplog.at_level("DEBUG", "auto-attack"):
+            x_adv = adversary.run_standard_evaluation(torch.tensor(x), torch.tensor(y), bs=4)
+        np.testing.assert_array_equal(report.adversarial, x_adv.numpy())
+        said = {"ours": [], "theirs": []}
+        for record in caplog.records:
+            for name in names:
+                if record.getMessage().startswith(f"robust accuracy after {name.upper()}:"):
+                    whose = "theirs" if record.name == "auto-attack" else "ours"
+                    said[whose].append(record.getMessage().split(" (")[0])
+        assert said["ours"] == said["theirs"] and len(said["ours"]) == len(names)
+        cumulative = np.array([report.clean, *report.attacks.values()])
+        assert (cumulative[1:] <= cumulative[:-1]).all() and (cumulative[-1] == report.autoattack).all()
+        assert len({int(verdicts.sum()) for verdicts in cumulative}) > 2
 
     def test_classifier_and_network_get_the_same_verdicts(self, digits, report):
         classifier, x, y = digits
@@ -131,12 +164,53 @@ class TestEvaluation:
         free = inside & ((end - x).abs() < 0.0399)
         assert (end - start)[free].abs().max() == pytest.approx(0.01, abs=1e-6)
 
-    @pytest.mark.parametrize(("norm", "eps"), [("L2", 0.3), ("L1", 1.0)])
-    def test_other_norms(self, digits, norm, eps):
+    def test_l2(self, digits, monkeypatch):
+        monkeypatch.setattr(Ensemble, "_part", evaluation_run.quick)
         classifier, x, y = digits
-        report = evaluate_robustness(classifier, x[:8], y[:8], norm=norm, eps=eps)
-        assert report.norm == norm
-        assert report.autoattack_accuracy <= report.clean_accuracy
+        report = evaluate_robustness(classifier, x[:8], y[:8], norm="L2", eps=0.3)
+        distance = np.linalg.norm((report.adversarial - x[:8]).reshape(8, -1), axis=1)
+        assert report.norm == "L2" and 0.2 < distance.max() <= 0.3 + 1e-5
+        assert (distance[~report.clean] == 0).all() and (distance[report.autoattack] == 0).all()
+
+    def test_restarts_and_steps_make_pgd_stronger(self, digits):
+        classifier, x, y = digits
+        few, many = (
+            evaluate_robustness(
+                classifier, x, y, norm="Linf", eps=0.06, autoattack_version=None, pgd_max_iter=4, pgd_restarts=restarts
+            )
+            for restarts in (1, 20)
+        )
+        assert many.pgd.sum() < few.pgd.sum()
+        assert (many.pgd <= few.pgd).all()  # the first start is the same
+        with torch.no_grad():
+            fooled = classifier.model(torch.tensor(many.adversarial)).argmax(1).numpy() != y
+        np.testing.assert_array_equal(~many.pgd, fooled)
+
+    def test_transfer(self, digits):
+        """From itself it is PGD; from a network of other weights it is weaker, and never better than clean."""
+        classifier, x, y = digits
+        settings = {"norm": "Linf", "eps": 0.06, "autoattack_version": None}
+        torch.manual_seed(7)
+        other = small_network(1)
+        optimizer = torch.optim.Adam(other.parameters(), 0.01)
+        data = load_digits()
+        inputs, labels = torch.tensor(data.images[:1500, None] / 16).float(), torch.tensor(data.target[:1500])
+        for _ in range(60):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(other(inputs), labels).backward()
+            optimizer.step()
+        other.train()
+        other[0].weight.requires_grad_(False)
+        itself = evaluate_robustness(classifier, x, y, transfer_from=classifier, **settings)
+        report = evaluate_robustness(classifier, x, y, transfer_from=other, **settings)
+        assert other.training and not other[0].weight.requires_grad and other[2].weight.requires_grad
+        assert itself.transfer.sum() == pytest.approx(itself.pgd.sum(), abs=1)
+        assert report.pgd.sum() < report.transfer.sum() <= report.clean.sum()
+        assert (report.transfer <= report.clean).all() and report.pgd_accuracy == itself.pgd_accuracy
+        with pytest.raises(ValueError, match="`transfer_from` must have the 10 classes"):
+            evaluate_robustness(
+                classifier, x, y, transfer_from=nn.Sequential(nn.Flatten(), nn.Linear(64, 9)), **settings
+            )
 
     def test_fewer_than_ten_classes(self):
         classifier = make_classifier(Normed())
@@ -176,7 +250,14 @@ class TestEvaluation:
         ("change", "match"),
         [
             ({"eps": 8}, "`eps` must be positive, and at most 1 for Linf"),
+            ({"eps": 128, "norm": 2}, "at most 4 for L2 on inputs of 64 values"),
+            ({"eps": 12 * 255, "norm": 1}, "at most 32 for L1"),
             ({"eps": 0}, "`eps`"),
+            ({"eps": None}, "Got None"),
+            ({"eps": float("nan")}, "Got nan"),
+            ({"pgd_restarts": 0}, "`pgd_restarts`"),
+            ({"x": np.zeros((24, 3, 8, 8))}, "does not take images of 3 channels and 8×8 pixels"),
+            ({"x": np.zeros((24, 1, 2, 2))}, "does not take images of 1 channels and 2×2 pixels"),
             ({"norm": 3}, "`norm` must be"),
             ({"autoattack_version": "best"}, "`autoattack_version`"),
             ({"pgd_max_iter": 0}, "`pgd_max_iter`"),
@@ -197,6 +278,10 @@ class TestEvaluation:
         classifier, x, y = digits
         with pytest.raises(ValueError, match="gives probabilities"):
             evaluate_robustness(nn.Sequential(classifier.model, nn.Softmax(1)), x, y, norm="Linf", eps=0.1)
+        with pytest.raises(ValueError, match="gives log-probabilities"):
+            evaluate_robustness(nn.Sequential(classifier.model, nn.LogSoftmax(1)), x, y, norm="Linf", eps=0.1)
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            evaluate_robustness(nn.Sequential(classifier.model, Scaled(float("nan"))), x, y, norm="Linf", eps=0.1)
         pixels = PyTorchClassifier(
             classifier.model, nn.CrossEntropyLoss(), (1, 8, 8), 10, clip_values=(0, 255), device_type="cpu"
         )
@@ -207,6 +292,95 @@ class TestEvaluation:
         three = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
         with pytest.raises(ValueError, match="at least 4 classes"):
             evaluate_robustness(three, x, y % 3, norm="Linf", eps=0.1)
+
+
+class Scaled(nn.Module):
+    def __init__(self, factor, shift=0.0):
+        super().__init__()
+        self.factor, self.shift = factor, shift
+
+    def forward(self, x):
+        return x * self.factor + self.shift
+
+
+class TestNormalisation:
+    """A network trained on inputs of another range than [0, 1]."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def data(cls):
+        data = load_digits()
+        return (data.images[:, None] / 16).astype(np.float32), data.target
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def trained(cls, data):
+        torch.manual_seed(0)
+        x, y = map(torch.as_tensor, data)
+        before, model = Scaled(1 / 0.375, -0.305 / 0.375), small_network(1)
+        optimizer = torch.optim.Adam(model.parameters(), 0.02)
+        for batch in torch.randperm(1500).repeat(5).split(100):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(before(x[batch])), y[batch]).backward()
+            optimizer.step()
+        return before, model.eval()
+
+    @staticmethod
+    def evaluate(model, data, **kwargs):
+        x, y = (array[-100:] for array in data)
+        return evaluate_robustness(
+            model, x, y, norm="Linf", eps=0.01, autoattack_version=None, pgd_max_iter=1, **kwargs
+        )
+
+    def test_inside_is_fine(self, trained, data):
+        assert not self.evaluate(nn.Sequential(*trained), data).warnings
+
+    def test_for_0_to_255(self, trained, data):
+        with pytest.raises(ValueError, match="in 0…255; it seems to expect those"):
+            self.evaluate(nn.Sequential(Scaled(1 / 255), *trained), data)
+
+    def test_labels_in_another_order_leave_chance(self, trained, data):
+        report = self.evaluate(nn.Sequential(*trained), (data[0], (data[1] + 1) % 10))
+        assert any("is at chance (10.0%): suspect labels" in message for message in report.warnings)
+
+    def test_dropout_that_is_left_on(self, trained, data):
+        class Dropout(nn.Module):
+            def forward(self, x):
+                return nn.functional.dropout(x, 0.2, training=True)
+
+        report = self.evaluate(nn.Sequential(*trained, Dropout()), data)
+        assert any("dropout" in message for message in report.warnings)
+
+
+class TestReport:
+    def test_is_saved_as_the_other_tools_read_it(self, report, tmp_path):
+        report.save(tmp_path, command="python x.py", data={"name": "digits"})
+        told = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+        assert told["command"] == "python x.py" and told["autoattack_accuracy"] == report.autoattack_accuracy
+        with np.load(tmp_path / "verdicts.npz", allow_pickle=False) as verdicts:
+            assert set(verdicts) == {"clean", "pgd", *(f"autoattack/{name}" for name in report.attacks)}
+            assert all(verdicts[name].dtype == bool for name in verdicts)
+            assert told["attacks"] == {name: verdicts[f"autoattack/{name}"].mean() for name in report.attacks}
+            assert list(told["attacks"]) == ["apgd-ce", "apgd-t", "fab-t", "square"]
+        adversarial = torch.load(tmp_path / "adversarial.pt", weights_only=True)
+        assert adversarial.dtype == torch.float32
+        np.testing.assert_array_equal(adversarial, report.adversarial)
+        assert (tmp_path / "waterfall.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_waterfall_starts_at_clean_and_ends_at_robust_accuracy(self, report):
+        bars = report.plot().patches
+        tops, heights = [bar.get_y() + bar.get_height() for bar in bars], [bar.get_height() for bar in bars]
+        assert heights[0] == pytest.approx(100 * report.clean_accuracy)
+        assert heights[-1] == pytest.approx(100 * report.autoattack_accuracy)
+        assert heights[0] - sum(heights[1:-1]) == pytest.approx(heights[-1])
+        assert tops[1:] == pytest.approx([heights[0], *(100 * v.mean() for v in report.attacks.values())])
+        with pytest.raises(ValueError, match="AutoAttack was not run"):
+            dataclasses.replace(report, attacks={}).plot()
+
+    def test_table_has_a_line_an_attack(self, report):
+        lines = str(report).splitlines()
+        assert [line.split()[-2] for line in lines[3:7]] == [f"{100 * v.mean():.2f}" for v in report.attacks.values()]
+        assert lines[7].split()[-2] == f"{100 * report.autoattack_accuracy:.2f}"
 
 
 def test_a_report_is_read_as_it_was_saved(report, digits, tmp_path):
@@ -239,6 +413,45 @@ def test_importing_the_package_does_not_import_the_evaluation_or_matplotlib():
         "'matplotlib.figure'}; sys.exit(str(loaded) if loaded else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(not CIFAR10.exists(), reason="no CIFAR-10 at ../shared/data/cifar10")
+class TestTrainedNetwork:
+    """The CIFAR-10 ResNet-18, naturally trained, that comes with AutoAttack's package."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def cifar10(cls, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("cifar10")
+        subprocess.run([sys.executable, str(CIFAR10 / "unpack.py"), str(folder), "test_batch"], check=True)
+        return load_data("cifar10", data_dir=folder, nb_examples=80)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def network(cls, cifar10):
+        name = "pyautoattack.examples.resnet:ResNet18"
+        weights = Path(importlib.util.find_spec("pyautoattack").origin).with_name("examples") / "model_test.pt"
+        return load_model(
+            name, dataset="cifar10", norm="Linf", nb_classes=10, input_size=(3, 32, 32), checkpoint=weights
+        )
+
+    @staticmethod
+    def evaluate(network, data, nb_examples, **kwargs):
+        settings = {"norm": "Linf", "eps": 1 / 255, "autoattack_version": None, "pgd_max_iter": 10, **kwargs}
+        return evaluate_robustness(network, data.x[:nb_examples], data.y[:nb_examples], **settings)
+
+    def test_is_as_accurate_and_as_weak_as_is_known(self, network, cifar10):
+        report = self.evaluate(network, cifar10, 64)
+        assert report.clean_accuracy > 0.85 and 0.25 < report.pgd_accuracy < 0.6  # 93.7 %, and 41.5 % of more images
+        assert self.evaluate(network, cifar10, 8, eps=4 / 255).pgd_accuracy == 0
+
+    def test_normalisation_that_is_missing_or_applied_twice(self, network, cifar10):
+        mean, std = cifar10.x.mean((0, 2, 3))[:, None, None], cifar10.x.std((0, 2, 3))[:, None, None]
+        mean, std = torch.tensor(mean), torch.tensor(std)
+        with pytest.raises(ValueError, match=r"% of the first 80 inputs .* normalisation seems to be missing"):
+            self.evaluate(nn.Sequential(Scaled(std, mean), network), cifar10, 80)
+        with pytest.raises(ValueError, match="seems to be applied twice"):
+            self.evaluate(nn.Sequential(Scaled(1 / std, -mean / std), network), cifar10, 80)
 
 
 def test_backbone_takes_images_as_robustbench_does():
