@@ -69,11 +69,10 @@ class WeightUses(TorchFunctionMode):
                 data.append(tensor)
         if used:
             name = str(getattr(func, "__name__", "")).strip("_")
-            arranged = name in _ARRANGEMENTS and all(
-                tensor.ndim < 2 for tensor in data
-            )  # a constant bias may be joined
             made = list(tensors_in(output))
-            if arranged or (name in ELEMENTWISE and [tensor.shape for tensor in made] == shapes[:1]):
+            arranged = name in _ARRANGEMENTS and all(tensor.ndim < 2 for tensor in data)  # a bias may be joined
+            rescaled = name in ELEMENTWISE and [tensor.shape for tensor in made] == shapes[:1]
+            if arranged or rescaled:
                 for tensor in made:
                     self._made_of.setdefault(id(tensor), (tensor, used))
             else:

@@ -167,6 +167,30 @@ def test_training_moves_the_chosen_block_and_its_statistics_alone(granularity):
     assert [module.training for module in model.modules()] == modes
 
 
+@pytest.mark.parametrize("predecessor", ["execution", "input"])
+def test_the_trainer_measures_with_its_predecessor(normed, data, predecessor):
+    classifier = make_classifier(normed)
+    attack = make_attack(classifier)
+    expected = measure_criticality(classifier, *data, attack=attack, predecessor=predecessor)
+    trainer = AdversarialTrainerCLATPyTorch(classifier, attack, predecessor=predecessor, seed=0)
+    trainer.fit(*data, nb_epochs=1, batch_size=24, verbose=False)
+    measured = trainer.history.selections[0].measured
+    assert [layer.criticality for layer in measured] == pytest.approx([e.criticality for e in expected], rel=1e-4)
+
+
+def test_a_checkpoint_of_other_layers_is_refused(normed, data, tmp_path):
+    classifier = make_classifier(normed)
+    settings = {"nb_epochs": 1, "batch_size": 24, "verbose": False, "checkpoint": tmp_path}
+    made = [{}, {"granularity": ["conv1", "conv3"]}, {"predecessor": "input"}]
+    first, *others = (
+        AdversarialTrainerCLATPyTorch(classifier, make_attack(classifier), seed=0, **kwargs) for kwargs in made
+    )
+    first.fit(*data, **settings)
+    for trainer, argument in zip(others, ("granularity", "predecessor"), strict=True):
+        with pytest.raises(ValueError, match=argument):
+            trainer.fit(*data, **settings)
+
+
 def test_all_norms_of_a_block_train_and_nothing_else():
     model = timm.create_model("resnet18", num_classes=10)
     layers = layers_of(model, "block", 3, 64, 64)
