@@ -107,7 +107,7 @@ class TestEvaluation:
         assert said["ours"] == said["theirs"] and len(said["ours"]) == len(names)
         cumulative = np.array([report.clean, *report.attacks.values()])
         assert (cumulative[1:] <= cumulative[:-1]).all() and (cumulative[-1] == report.autoattack).all()
-        assert len({int(verdicts.sum()) for verdicts in cumulative}) > 2
+        assert len({int(verdicts.sum()) for verdicts in cumulative}) > 1
 
     def test_classifier_and_network_get_the_same_verdicts(self, digits, report):
         classifier, x, y = digits
