@@ -11,17 +11,16 @@ support matrix anew.
 """
 
 import argparse
-import contextlib
 import datetime
 import importlib.metadata
 import json
 import logging
 import math
+import multiprocessing
 import os
 import platform
 import random
 import shlex
-import subprocess
 import sys
 import time
 import warnings
@@ -91,9 +90,9 @@ def smallest_input(name):
             torch.manual_seed(0)
             model = timm.create_model(name, num_classes=NB_CLASSES, **kwargs)
             with torch.no_grad():
-                shape = model.eval()(torch.rand(1, 3, side, side)).shape
-            if shape != (1, NB_CLASSES):
-                raise ValueError(f"it gives logits of shape {tuple(shape)}")
+                logits = model.eval()(torch.rand(1, 3, side, side))
+            if logits.shape != (1, NB_CLASSES) or not logits.isfinite().all():
+                raise ValueError(f"it gives logits of shape {tuple(logits.shape)}, or not finite ones")
             model.train()(torch.rand(2, 3, side, side)).sum().backward()
             model.zero_grad()
             return model, side
@@ -194,6 +193,7 @@ def try_model(model, side, seed):
     noise = torch.tensor(rng.choice([-EPS, EPS], x.shape).astype(np.float32))
     layers = network.find_layers(inputs)
     check_samples_apart(network, layers, inputs, inputs + noise)
+    blocks = try_blocks(network, inputs, inputs + noise)
     critical = most_critical(measured, layers, eligible_layers(layers, head_eligible=False), fraction=0.01)
     for layer in {layers[0], layers[len(layers) // 2], *critical}:
         check_early_stop(network, layer, inputs, inputs + noise)
@@ -212,11 +212,7 @@ def try_model(model, side, seed):
     still = [layer.name for layer in chosen if not changed & {names[id(p)] for p in layer.parameters()}]
     if still:
         raise AssertionError(f"training did not move {', '.join(still)}")
-    return {
-        "layers": len(measured),
-        "chosen": [layer.name for layer in chosen],
-        "blocks": try_blocks(network, inputs, inputs + noise),
-    }
+    return {"layers": len(measured), "chosen": [layer.name for layer in chosen], "blocks": blocks}
 
 
 def try_blocks(network, x, x_adv):
@@ -239,8 +235,10 @@ def small_images(name):
     return ""
 
 
-def try_family(family, seed):
-    """Run one family in this process."""
+def try_family(family, seed, path):
+    """Run one family in this process, and write the result."""
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
     start = time.perf_counter()
     result = {"family": family, "verdict": "ok", "reason": ""}
     try:
@@ -254,7 +252,7 @@ def try_family(family, seed):
     result["seconds"] = time.perf_counter() - start
     if "model" in result:
         result["small"] = small_images(result["model"])
-    return result
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def table(results, setting):
@@ -311,31 +309,23 @@ def main():
     parser.add_argument("--timeout", type=float, default=1200, help="seconds that one family may take")
     parser.add_argument("--work", type=Path, default=Path("runs/timm-sweep"), help="folder of the JSON files")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "timm-sweep.md")
-    parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     families = args.families or FAMILIES
     args.work.mkdir(parents=True, exist_ok=True)
-    if args.in_process:
-        logging.disable(logging.WARNING)
-        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            result = try_family(families[0], args.seed)
-        (args.work / f"{families[0]}.json").write_text(json.dumps(result, indent=1) + "\n")
-        return
     results = []
     for family in families:
         path = args.work / f"{family}.json"
         if not path.exists():
-            own = ["--families", family, "--seed", str(args.seed), "--work", str(args.work), "--in-process"]
-            start, reason = time.perf_counter(), ""
-            try:
-                done = subprocess.run([sys.executable, __file__, *own], timeout=args.timeout, stderr=subprocess.PIPE)
-                reason = done.stderr.decode(errors="replace")[-300:]
-            except subprocess.TimeoutExpired:
-                reason = f"it took more than {args.timeout:g} seconds"
+            start = time.perf_counter()
+            process = multiprocessing.get_context("fork").Process(target=try_family, args=(family, args.seed, path))
+            process.start()
+            process.join(args.timeout)
             if not path.exists():
+                ended = process.exitcode is not None
+                reason = f"it ended with {process.exitcode}" if ended else f"it took over {args.timeout:g} seconds"
                 lost = {"family": family, "verdict": "failed", "reason": reason, "seconds": time.perf_counter() - start}
                 path.write_text(json.dumps(lost, indent=1) + "\n")
+            process.kill()
         results.append(json.loads(path.read_text()))
         print(
             *(str(results[-1].get(key, "")) for key in ("family", "model", "side", "layers", "blocks", "verdict")),
