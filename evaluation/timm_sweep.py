@@ -1,7 +1,7 @@
 """
 Every family of timm's models under CLAT: the smallest model of each, at the smallest input it takes.
 
-    python evaluation/timm_sweep.py                          # all families, about an hour on one CPU core
+    python evaluation/timm_sweep.py                          # all families, about half an hour on one CPU core
     python evaluation/timm_sweep.py --families beit coat     # some of them
 
 A family is a module of ``timm.models``. Its smallest model, with random weights and BatchNorm statistics of random
@@ -264,7 +264,8 @@ def table(results, setting):
         "# timm's families under CLAT",
         "",
         f"{worked} of {len(results)} families work. For each, the model with the fewest parameters, "
-        f"{NB_CLASSES} classes, at the smallest input it takes. A family works if all of this holds:",
+        f"{NB_CLASSES} classes, at the smallest input it takes, {NB_IMAGES} random images, PGD with 2 steps. A "
+        "family works if all of this holds:",
         "",
         CHECKS,
         "",
