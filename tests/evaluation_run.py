@@ -14,7 +14,7 @@ from art_clat.autoattack import Ensemble
 
 SETTINGS = {"norm": "Linf", "eps": 0.1, "batch_size": 5, "pgd_max_iter": 5, "pgd_restarts": 2, "seed": 3}
 
-QUERIES = 100
+QUERIES, STEPS = 100, 30
 
 
 class Noisy(nn.Module):
@@ -60,10 +60,12 @@ def evaluate(kind="standard", **kwargs):
 
 
 def quick(ensemble, name, part=Ensemble._part):
-    """Square Attack with fewer queries: what is tested here is what goes on around the attacks."""
+    """Attacks of fewer steps and queries: what is tested here is what goes on around them."""
     attack = part(ensemble, name)
     if name == "square":
         attack.n_queries = QUERIES
+    else:
+        attack.n_iter = STEPS
     return attack
 
 

@@ -75,7 +75,7 @@ def test_killed_at_any_instant(unbroken, tmp_path):
             process = context.Process(target=_evaluate, args=(kind, folder, begun))
             process.start()
             begun.wait(120)
-            due = time.monotonic() + rng.uniform(0.2, 1.5)
+            due = time.monotonic() + rng.uniform(0.05, 0.6)
 
             def is_writing(state=state):
                 return state.exists() and any(path.suffix == ".tmp" for path in state.iterdir())
