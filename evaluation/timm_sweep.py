@@ -40,7 +40,7 @@ from art_clat.features import Features
 from art_clat.guest import evaluation_mode
 from art_clat.layers import only_trainable
 from art_clat.network import Network
-from art_clat.selection import eligible_layers, most_critical
+from art_clat.selection import eligible_layers
 
 NB_CLASSES, NB_IMAGES, EPS = 10, 4, 8 / 255
 SIDES = (32, 64, 96, 128, 160, 192, 224, 256)
@@ -194,8 +194,9 @@ def try_model(model, side, seed):
     layers = network.find_layers(inputs)
     check_samples_apart(network, layers, inputs, inputs + noise)
     blocks = try_blocks(network, inputs, inputs + noise)
-    critical = most_critical(measured, layers, eligible_layers(layers, head_eligible=False), fraction=0.01)
-    for layer in {layers[0], layers[len(layers) // 2], *critical}:
+    index = {layer: entry.criticality for layer, entry in zip(layers, measured, strict=True) if entry.criticality > 0}
+    critical = max(set(index) & set(eligible_layers(layers, head_eligible=False)), key=lambda layer: index[layer])
+    for layer in {layers[0], layers[len(layers) // 2], critical}:
         check_early_stop(network, layer, inputs, inputs + noise)
 
     trainer = AdversarialTrainerCLATPyTorch(classifier, attack, seed=seed)

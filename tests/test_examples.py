@@ -23,12 +23,12 @@ def run(script, *arguments):
 
 
 def test_quickstart(tmp_path):
-    output = run("quickstart.py", "--output", tmp_path, "--epochs", 4, "--test-examples", 16)
+    output = run("quickstart.py", "--output", tmp_path, "--epochs", 4, "--test-examples", 6)
     assert "| CLAT |" in output and "| PGD-AT continued |" in output
     assert "CLAT, epoch 0: training 1 of" in output
     for arm in ("pgd_at", "clat"):
         entry = json.loads((tmp_path / "model_info" / "digits" / "Linf" / f"Quickstart_{arm}.json").read_text())
-        assert "16 examples" in entry["footnote"]
+        assert "6 examples" in entry["footnote"]
         assert len(History.from_json((tmp_path / f"{arm}-history.json").read_text()).epochs) == 4
         assert (tmp_path / f"{arm}-curves.png").stat().st_size > 5_000
     assert (tmp_path / "heat-map.png").stat().st_size > 5_000

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 SCRIPT = Path(__file__).parents[1] / "evaluation" / "paper_tables.py"
@@ -41,6 +42,14 @@ def done(tmp_path_factory):
     bench = make_bench(tmp_path_factory.mktemp("bench"))
     paper_tables.run_all(bench, ARMS, [0, 1])
     return bench
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():  # another number of threads rounds in another order
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def read(bench, arm, seed):

@@ -423,7 +423,7 @@ class TestArgumentsArrive:
 
     def test_history_holds_means_over_samples(self, chain, data):
         """With batches of 40 and 8 samples, and weights that do not move."""
-        classifier = make_classifier(chain, lr=0.0)
+        classifier = make_classifier(chain, lr=1e-12)
         for objective, index in (("adversarial", 1), ("clean", 0)):
             attack = make_attack(classifier)
             trainer = make_trainer(classifier, attack, objective=objective)
