@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import hashlib
 import json
 import os
@@ -215,5 +216,8 @@ def _check_own_gpu(device: torch.device) -> None:
 
 
 def _leave() -> None:
+    """End gloo's threads, which end with the last reference to a group: one still at work at exit aborts the process."""
+    _groups.clear()
+    gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()

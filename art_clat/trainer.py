@@ -623,6 +623,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
             stack.enter_context(own_modes(model))
             stack.enter_context(own_randomness(seed, self._network.device))
             stack.callback(model.zero_grad)
+            stack.callback(setattr, self._network, "ranks", Ranks())  # what holds a group keeps its threads alive
             freezing = stack.enter_context(ExitStack())
 
             def freeze(chosen: list[Layer]) -> None:

@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import sys
+from pathlib import Path
 
 import torch
 from art.data_generators import NumpyDataGenerator
@@ -12,7 +13,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 from art_clat import AdversarialTrainerCLATPyTorch
-from art_clat.distributed import Ranks
+from art_clat.distributed import Ranks, _leave
 
 #: By name: what the trainer and what `fit` is given. 50 samples in batches of 16 leave a last batch of 2.
 CONFIGURATIONS = {
@@ -144,7 +145,15 @@ def hooks_left():
         "hooks": sum(len(m._forward_hooks) + len(m._backward_hooks) + len(m._forward_pre_hooks) for m in modules),
         "flags": before == {name: p.requires_grad for name, p in trainer.classifier.model.named_parameters()},
         "state": outcome(trainer)["state"],
+        "threads": threads_left(),
     }
+
+
+def threads_left():
+    """The process group's threads once the program ends, with the trainer still there."""
+    _leave()
+    names = [task.joinpath("comm").read_text() for task in Path("/proc/self/task").glob("*")]
+    return sum("gloo" in name for name in names)
 
 
 def main():

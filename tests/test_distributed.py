@@ -94,6 +94,7 @@ def test_the_model_comes_back_as_it_was_and_equal_everywhere(tmp_path):
     """Also with dropout, which leaves out other units in every process."""
     first, second = results(tmp_path, "hooks", 2)
     assert first["hooks"] == second["hooks"] == 0
+    assert first["threads"] == second["threads"] == 0
     assert first["flags"] and second["flags"]
     assert first["state"] == second["state"]
 

@@ -92,6 +92,8 @@ class TestEvaluation:
         adversary = autoattack().AutoAttack(network, norm="Linf", eps=0.06, seed=5, device="cpu", verbose=False)
         adversary.logger.setLevel("DEBUG")
         adversary.square.n_queries = evaluation_run.QUERIES
+        for attack in (adversary.apgd, adversary.apgd_targeted, adversary.fab):
+            attack.n_iter = evaluation_run.STEPS
         adversary.verbose = True  # its own account of what is left after each attack
         with caplog.at_level("DEBUG", "auto-attack"):
             x_adv = adversary.run_standard_evaluation(torch.tensor(x), torch.tensor(y), bs=4)
