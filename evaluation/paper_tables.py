@@ -191,7 +191,7 @@ class Bench:
         arguments = copy.deepcopy(arm.get("trainer", {}))
         if "criticality_weight" in tuned and "criticality_weight" not in arguments:
             arguments["criticality_weight"] = tuned["criticality_weight"] * arm.get("scale_weight", 1.0)
-        epochs = self.preset["epochs"]
+        epochs = arm.get("epochs", self.preset["epochs"])
         trainer = make_trainer(
             model,
             self.preset,
@@ -202,6 +202,8 @@ class Bench:
             reselect_every=arm.get("reselect_every", self.preset["reselect_every"]),
             **arguments,
         )
+        if not epochs:
+            return trainer, model.state_dict()
         folder = self.work / key
         self._fit(trainer, train, validation, epochs, first=self.preset["first_stage_epochs"], folder=folder)
         best = {k: v for k, v in load_file(folder / "best.safetensors").items() if k in model.state_dict()}
@@ -237,7 +239,8 @@ class Bench:
         _, validation, _ = load_data(self.preset, seed, self.data)
         report = self._evaluate(trainer.classifier.model, *validation, autoattack=None, seed=seed)
         result = {"arm": name, "values": values, "seed": seed, "clean": report.clean_accuracy}
-        _write_json(path, {**result, "pgd20": report.pgd_accuracy, **self._setting(arm)})
+        result |= {"pgd20": report.pgd_accuracy, **_trained(trainer), **self._setting(arm)}
+        _write_json(path, result)
 
     def tuned(self, name):
         """Give what tuning chose for an arm; `None` while a run is missing."""
@@ -272,15 +275,11 @@ class Bench:
             result["results"]["best"] = self._measure(model, train, test, seed) if not same else None
             if same:
                 result["results"]["best"] = result["results"]["last"]
-            total = sum(p.numel() for p in model.parameters())
-            trained = [record.trainable_parameters for record in history.selections] or [total]
             result |= {
                 "status": "done",
                 "best_epoch": history.best_epoch,
-                "trainable_share": float(np.mean(trained)) / total,
-                "largest_trainable_share": max(trained) / total,
-                "seconds_per_epoch": float(np.mean([record.seconds for record in history.epochs])),
-                "chosen": [list(record.chosen) for record in history.selections],
+                **_trained(trainer),
+                "seconds_per_epoch": float(np.mean([record.seconds for record in history.epochs] or [0])),
                 "history": json.loads(history.to_json()),
             }
         except Exception as error:  # recorded, and shown in every table it belongs to
@@ -414,6 +413,18 @@ def run_all(bench, arms, seeds, *, retry=False):
             return
         if not worked:
             time.sleep(5)
+
+
+def _trained(trainer):
+    """Say which layers a trainer chose, and the share of the parameters that it trained."""
+    total = sum(p.numel() for p in trainer.classifier.model.parameters())
+    selections = trainer.history.selections
+    trained = [record.trainable_parameters for record in selections] or [total if trainer.history.epochs else 0]
+    return {
+        "trainable_share": float(np.mean(trained)) / total,
+        "largest_trainable_share": max(trained) / total,
+        "chosen": [list(record.chosen) for record in selections],
+    }
 
 
 @contextlib.contextmanager
