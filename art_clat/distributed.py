@@ -216,7 +216,7 @@ def _check_own_gpu(device: torch.device) -> None:
 
 
 def _leave() -> None:
-    """End gloo's threads, which end with the last reference to a group: one still at work at exit aborts the process."""
+    """End gloo's threads, which end with the last reference to a group: one at work at exit aborts the process."""
     _groups.clear()
     gc.collect()
     if dist.is_initialized():
