@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -93,6 +93,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         ema_decay: float | None = None,
         head_eligible: bool = False,
         after_norm: bool = False,
+        freeze_norms: bool = False,
         granularity: Granularity = "layer",
         predecessor: str = "execution",
         selection_samples: int = 1024,
@@ -137,6 +138,8 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         :param after_norm: Take the features of layers that have a norm after it, in the index and in the objective. At
                `False` they are what the convolution itself returns, the literal reading; before a BatchNorm their
                distance can shrink by the weights' scale alone, which changes nothing in what the network computes.
+        :param freeze_norms: Leave a chosen layer's norm as the first stage made it, weights and running statistics, and
+               train its weighted module alone.
         :param granularity: What counts as one layer: ``"layer"``, a weighted leaf module with the norm on its output;
                ``"block"``, timm's own grouping (``group_matcher``); or a list of module names and regular expressions
                that match whole names. Blocks and modules are trained with all their parameters.
@@ -184,6 +187,8 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         check.check_whole(reselect_every, 1, argument="reselect_every")
         check.check_whole(selection_samples, 1, argument="selection_samples")
         check_layers_wanted(granularity, predecessor, after_norm=after_norm)
+        if freeze_norms and granularity != "layer":
+            raise ValueError(f"`freeze_norms` asks for `granularity='layer'`, got {granularity!r}.")
         find_groups(classifier.model, granularity)
         if seed is not None:
             check.check_seed(seed)
@@ -200,6 +205,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         self.ema_decay = ema_decay
         self.head_eligible = head_eligible
         self.after_norm = after_norm
+        self.freeze_norms = freeze_norms
         self.granularity = granularity if isinstance(granularity, str) else list(granularity)
         self.predecessor = predecessor
         self.selection_samples = int(selection_samples)
@@ -373,6 +379,8 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         with own_randomness(progress.seed, network.device):
             sample = batches.sample(self.selection_samples, ranks)
             layers = network.find_layers(batches.example(), after_norm=self.after_norm, granularity=self.granularity)
+        if self.freeze_norms:
+            layers = [replace(layer, modules=layer.modules[:1]) for layer in layers]
         eligible = eligible_layers(layers, head_eligible=self.head_eligible)
         self._check_budget(eligible)
         self._check_optimizer(None if self.warmup else eligible)
@@ -749,6 +757,7 @@ _ARGUMENTS = (
     "ema_decay",
     "head_eligible",
     "after_norm",
+    "freeze_norms",
     "granularity",
     "predecessor",
     "selection_samples",

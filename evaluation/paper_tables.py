@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from art.attacks.evasion import AutoProjectedGradientDescent, FastGradientMethod, ProjectedGradientDescent
+from art.defences.trainer import AdversarialTrainerAWPPyTorch, AdversarialTrainerFBFPyTorch
 from art.estimators.classification import PyTorchClassifier
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -160,6 +161,54 @@ def cosine(optimizer, *, first, total):
     )
 
 
+def awp(trainer, preset):
+    """ART's adversarial weight perturbation (Wu et al., 2020), on PGD-AT."""
+    classifier = trainer.classifier
+    proxy = copy.deepcopy(classifier.model)
+    proxy_classifier = PyTorchClassifier(
+        proxy,
+        nn.CrossEntropyLoss(),
+        classifier.input_shape,
+        10,
+        optimizer=torch.optim.SGD(proxy.parameters(), lr=0.01),
+        clip_values=(0.0, 1.0),
+        device_type=classifier.device.type,
+    )
+    return AdversarialTrainerAWPPyTorch(
+        classifier, proxy_classifier, trainer.attacks[0], mode="PGD", gamma=0.005, beta=6.0, warmup=0
+    )
+
+
+class OneModule(nn.Module):
+    """A network that is no ``nn.Sequential``: ART's FBF trainer takes the first module's output for the logits."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        return self.network(x)
+
+
+def fbf(trainer, preset):
+    """ART's fast adversarial training (Wong et al., 2020); its learning rate has a cycle of its own."""
+    classifier = trainer.classifier
+    whole = PyTorchClassifier(
+        OneModule(classifier.model),
+        nn.CrossEntropyLoss(),
+        classifier.input_shape,
+        10,
+        optimizer=classifier.optimizer,
+        clip_values=(0.0, 1.0),
+        device_type=classifier.device.type,
+    )
+    return AdversarialTrainerFBFPyTorch(whole, eps=preset["eps"])
+
+
+#: First stages that ART's trainers do, at a constant learning rate unless they have a schedule of their own.
+ART_TRAINERS = {"awp": awp, "fbf": fbf}
+
+
 class Bench:
     """One preset's runs: where they are kept, and how each is made."""
 
@@ -171,7 +220,19 @@ class Bench:
     def first_stage(self, seed, base="pgd_at"):
         """Train the first stage of a seed, or find it done; gives the file with its weights."""
         done = self.work / "first" / f"{base}-seed{seed}.safetensors"
-        if not done.exists():
+        if not done.exists() and base in ART_TRAINERS:
+            (x, y), _, _ = load_data(self.preset, seed, self.data)
+            model = make_model(self.preset, seed)
+            clat = make_trainer(model, self.preset, lr=self.preset["lr"], device=self.device, seed=seed)
+            np.random.seed(seed)
+            ART_TRAINERS[base](clat, self.preset).fit(
+                x,
+                np.eye(10, dtype=np.float32)[y],
+                batch_size=self.preset["batch_size"],
+                nb_epochs=self.preset["first_stage_epochs"],
+            )
+            _write(done, lambda path: save_file(model.state_dict(), path))
+        elif not done.exists():
             train, validation, _ = load_data(self.preset, seed, self.data)
             model = make_model(self.preset, seed)
             epochs = self.preset["first_stage_epochs"]
@@ -489,21 +550,23 @@ def collect(results, arms, seeds):
     return found
 
 
-def table(config, name, found, seeds, *, reference="pgd_at"):
-    """Write one table in Markdown: mean and 95 % interval over the seeds, paired differences to the reference."""
+def table(config, name, found, seeds):
+    """Write one table in Markdown: mean and 95 % interval over the seeds, paired differences to the references."""
     arms = config["tables"][name]["arms"]
+    references = {arm: resolve(config, arm).get("against", "pgd_at") for arm in arms}
+    compared = set(references.values())
+    against_what = config["arms"][min(compared)]["title"] if len(compared) == 1 else "the same, continued"
     lines = [
         "| arm | seeds | clean | PGD-20 | AutoAttack | best epoch: AutoAttack | train PGD-20 | AutoAttack against "
-        f"{config['arms'][reference]['title']} | p | clean against it | trained | s an epoch |",
+        f"{against_what} | p | clean against it | trained | s an epoch |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
 
     def done(arm):
         return {seed: found[arm, seed] for seed in seeds if (found.get((arm, seed)) or {}).get("status") == "done"}
 
-    baseline = done(reference)
     for arm in arms:
-        runs = done(arm)
+        runs, baseline = done(arm), done(references[arm])
         failed = sum((found.get((arm, seed)) or {}).get("status") == "failed" for seed in seeds)
         title = config["arms"][arm]["title"]
         count = f"{len(runs)} of {len(seeds)}" + (f", **{failed} failed**" if failed else "")
@@ -522,7 +585,7 @@ def table(config, name, found, seeds, *, reference="pgd_at"):
         ]
         common = [seed for seed in runs if seed in baseline]
         against, p, clean = "", "", ""
-        if arm != reference and common:
+        if arm != references[arm] and common:
             one, other = (
                 {what: [group[seed]["results"]["last"][what] for seed in common] for what in ("autoattack", "clean")}
                 for group in (runs, baseline)
@@ -610,6 +673,7 @@ def aggregate(bench):
     """Write results.md and the plots of a preset."""
     config, seeds = bench.config, bench.preset["seeds"]
     arms = list(dict.fromkeys(arm for content in config["tables"].values() for arm in content["arms"]))
+    arms += [reference for arm in arms if (reference := resolve(config, arm).get("against", "pgd_at")) not in arms]
     found = collect(bench.results, arms, seeds)
     runs = [run for run in found.values() if run]
     if not runs:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from scipy import stats
 
 SCRIPT = Path(__file__).parents[1] / "evaluation" / "paper_tables.py"
@@ -59,12 +60,16 @@ def read(bench, arm, seed):
 class TestConfiguration:
     def test_every_arm_and_table_is_whole(self):
         from art_clat import objectives, selection_rules
+        from art_clat.objectives import FIRST_STAGES
 
         for name in CONFIG["arms"]:
             arm = paper_tables.resolve(CONFIG, name)
             assert arm["title"] and arm["tuned_by"] in CONFIG["arms"]
             assert arm.get("trainer", {}).get("selection", "criticality") in selection_rules()
             assert arm.get("trainer", {}).get("objective", "adversarial") in objectives()
+            control = CONFIG["arms"][arm.get("against", "pgd_at")]
+            assert control.get("base", "pgd_at") == arm.get("base", "pgd_at")  # pairs begin at the same weights
+            assert arm.get("base", "pgd_at") in {*FIRST_STAGES, *paper_tables.ART_TRAINERS}
         for table in CONFIG["tables"].values():
             assert all(arm in CONFIG["arms"] for arm in table["arms"])
 
@@ -138,6 +143,15 @@ class TestRuns:
             assert (one["largest_trainable_share"] == 1) == (arm != "clat_random")
         assert read(done, "clat_random", 0)["tuned"]["criticality_weight"] in (0.02, 0.1)
 
+    @pytest.mark.parametrize("base", ["awp", "fbf"])
+    def test_first_stages_of_art(self, tmp_path, base):
+        first, again = (make_bench(tmp_path / name).first_stage(0, base) for name in ("one", "two"))
+        one, two = load_file(first), load_file(again)
+        model = paper_tables.make_model(CONFIG["presets"]["smoke"], 0)
+        for name, parameter in model.named_parameters():
+            assert torch.equal(one[name], two[name]) and not torch.equal(one[name], parameter)
+        model.load_state_dict(one)
+
     def test_what_is_done_is_not_done_again(self, done):
         files = sorted(done.results.rglob("*.json"))
         before = [file.stat().st_mtime_ns for file in files]
@@ -206,6 +220,18 @@ def test_table_is_what_the_runs_say(done):
     ]
     assert row[6].startswith(f"{np.mean(against):+.1f}")
     assert rows["PGD-AT continued"][6] == "" and rows["CLAT, adversarial reading"][0] == "0 of 2"
+    assert "AutoAttack against PGD-AT continued" in text
+
+    done.config["arms"]["pgd_at_ema"] = {**done.config["arms"]["pgd_at_ema"], "against": "clat_random"}
+    text = paper_tables.table(done.config, "A", found, [0, 1])
+    ema = [read(done, "pgd_at_ema", seed) for seed in (0, 1)]
+    against = [
+        100 * (a["results"]["last"]["autoattack"] - b["results"]["last"]["autoattack"])
+        for a, b in zip(ema, runs, strict=True)
+    ]
+    assert f"| {np.mean(against):+.1f}" in next(
+        r for r in text.split("\n") if r.startswith("| PGD-AT, weights averaged")
+    )
 
 
 def test_stability(done):

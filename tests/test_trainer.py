@@ -370,6 +370,17 @@ class TestArgumentsArrive:
         assert objective.single_step
         assert isinstance(objective.features.layers[0].output.module, nn.BatchNorm2d)
 
+    @pytest.mark.parametrize("freeze_norms", [False, True])
+    def test_freeze_norms(self, normed, data, freeze_norms):
+        """Weights and running statistics of a chosen layer's norm."""
+        trainer = make_trainer(make_classifier(normed), selection=["conv2"], freeze_norms=freeze_norms)
+        before = snapshot(normed)
+        trainer.fit(*data, batch_size=16, nb_epochs=1, **QUIET)
+        norm = {"bn2.weight", "bn2.bias", "bn2.running_mean", "bn2.running_var", "bn2.num_batches_tracked"}
+        assert moved(normed, before) == {"conv2.weight"} | (set() if freeze_norms else norm)
+        trained = normed.conv2.weight.numel() + (0 if freeze_norms else 12)
+        assert trainer.history.selections[0].trainable_parameters == trained
+
     def test_drop_last(self, chain, data):
         sizes = []
         trainer = make_trainer(make_classifier(chain))
