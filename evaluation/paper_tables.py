@@ -38,7 +38,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.transforms import v2
 
-from art_clat import AdversarialTrainerCLATPyTorch, create_backbone, evaluate_robustness, measure_criticality
+from art_clat import (
+    AdversarialTrainerCLATPyTorch,
+    Budget,
+    create_backbone,
+    evaluate_robustness,
+    measure_criticality,
+)
 
 try:
     import tomllib
@@ -250,6 +256,8 @@ class Bench:
         model = make_model(self.preset, seed)
         model.load_state_dict(load_file(self.first_stage(seed, arm.get("base", "pgd_at"))))
         arguments = copy.deepcopy(arm.get("trainer", {}))
+        if isinstance(arguments.get("budget"), dict):
+            arguments["budget"] = Budget(**arguments["budget"])
         if "criticality_weight" in tuned and "criticality_weight" not in arguments:
             arguments["criticality_weight"] = tuned["criticality_weight"] * arm.get("scale_weight", 1.0)
         epochs = arm.get("epochs", self.preset["epochs"])
