@@ -44,7 +44,10 @@ class Normalize(nn.Module):
 
         :param x: Shape (batch, channels, height, width).
         :return: Same shape.
+        :raises ValueError: If the images have another number of channels.
         """
+        if x.shape[-3] != len(self.mean):
+            raise ValueError(f"The images have {x.shape[-3]} channels, the network is for {len(self.mean)}.")
         return (x - self.mean) / self.std
 
     def extra_repr(self) -> str:

@@ -51,11 +51,13 @@ class Folder:
 
     :param path: Created if missing.
     :param description: What must be the same for an evaluation to be continued: names, and values that JSON can hold.
+    :param outputs: What the network gives for some examples, on the CPU: no description tells what its code computes.
     """
 
-    def __init__(self, path: Path, description: Mapping[str, object]) -> None:
+    def __init__(self, path: Path, description: Mapping[str, object], outputs: torch.Tensor) -> None:
         self._path = path
         self._description = description
+        self._outputs = outputs
 
     def check(self) -> None:
         """
@@ -65,7 +67,14 @@ class Folder:
         :raises OSError: In the second case.
         """
         if self._run.exists():
-            check_description(read(self._run)[1]["description"], self._description, self._path)
+            tensors, content = read(self._run)
+            check_description(content["description"], self._description, self._path)
+            before, scale = tensors["outputs"], float(self._outputs.abs().max())
+            if not torch.allclose(before, self._outputs, rtol=0, atol=1e-3 * scale):  # another machine rounds otherwise
+                raise ValueError(
+                    f"`checkpoint`: {self._path} holds the evaluation of a network with these weights that gave other "
+                    "outputs for the same inputs; its code has changed since. Use another folder."
+                )
         elif self._path.exists() and (
             not self._path.is_dir() or any(entry.suffix != ".tmp" for entry in self._path.iterdir())
         ):
@@ -80,7 +89,7 @@ class Folder:
 
         :raises OSError: If it cannot be written to.
         """
-        write(self._run, {}, {"description": self._description})
+        write(self._run, {"outputs": self._outputs}, {"description": self._description})
 
     def load(self, attack: str, number: int, indices: torch.Tensor) -> _Batch | None:
         """

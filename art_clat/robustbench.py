@@ -103,7 +103,8 @@ def write_robustbench_entry(
     entry = json.loads(path.read_text(encoding="utf-8"))
     entry.update({key: value for key, value in dataclasses.asdict(described).items() if value is not None})
     entry["additional_data"] = bool(entry["additional_data"])
-    entry["footnote"] = " ".join([*([footnote] if footnote else []), *reservation]) or None
+    own = [footnote if footnote.endswith((".", "!", "?")) else f"{footnote}."] if footnote else []
+    entry["footnote"] = " ".join([*own, *reservation]) or None
     path.write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
     return path
 

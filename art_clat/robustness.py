@@ -25,7 +25,7 @@ from art_clat.autoattack import VERSIONS, Attack, Ensemble, heard
 from art_clat.checkpoint import describe_inputs, fingerprint, text_of, weights
 from art_clat.distributed import Part, Ranks
 from art_clat.evaluation import Evaluation, Folder, Outcome
-from art_clat.guest import evaluation_mode, own_randomness
+from art_clat.guest import evaluation_mode, own_randomness, reseed
 from art_clat.layers import only_trainable
 from art_clat.network import Network
 from art_clat.plots import new_axes
@@ -35,6 +35,7 @@ from art_clat.sanity import (
     check_eps,
     check_images,
     count_classes,
+    doubts_of_gradients,
     doubts_of_inputs,
     doubts_of_randomness,
 )
@@ -228,7 +229,9 @@ class RobustnessReport:
             figures = report.to_dict()
             if len(report.clean) != report.nb_examples or any(content[name] != figures[name] for name in figures):
                 raise ValueError("its figures are not those of the verdicts in verdicts.npz")
-        except (OSError, KeyError, TypeError, AttributeError, ValueError, zipfile.BadZipFile) as error:
+        except KeyError as error:
+            raise ValueError(f"`folder`: the evaluation in {folder} cannot be read: it lacks {error}.") from error
+        except (OSError, TypeError, AttributeError, ValueError, zipfile.BadZipFile) as error:
             raise ValueError(f"`folder`: the evaluation in {folder} cannot be read: {error}.") from error
         return report, {name: value for name, value in content.items() if name not in {"format", *figures}}
 
@@ -382,9 +385,11 @@ def evaluate_robustness(
         doubts = doubts_of_inputs(model, inputs, labels, nb_classes=nb_classes, device=device, batch_size=batch_size)
         if autoattack_version != "rand":
             doubts += doubts_of_randomness(model, sample)
+        doubts += doubts_of_gradients(model, sample, labels[: len(sample)].to(device))
         folder = None
         if checkpoint is not None:
-            folder = Folder(Path(checkpoint), facts)
+            reseed(device, seed)
+            folder = Folder(Path(checkpoint), facts, model(sample[:16]).float().cpu())
             folder.check()
             ranks.gather(None)  # all have looked before one writes
             folder.open()

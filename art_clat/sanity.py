@@ -100,14 +100,57 @@ def doubts_of_randomness(model: nn.Module, x: torch.Tensor) -> list[str]:
     :param model: The network.
     :param x: A batch of inputs, on its device.
     :return: A warning, if they do.
+    :raises ValueError: If they do not, but those for an image depend on the other images of the batch.
     """
-    first, *others = (nn.functional.normalize(model(x), eps=1e-10) for _ in range(5))
+
+    def outputs(x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.normalize(model(x), eps=1e-10)
+
+    first, *others = (outputs(x) for _ in range(5))
     if max(float((first - other).norm(dim=1).max()) for other in others) <= 1e-4:
+        parts = torch.cat([outputs(part) for part in x.split(max(2, len(x) // 2))])
+        if float((first - parts).norm(dim=1).max()) > 1e-2:  # far above what rounding does
+            raise ValueError(
+                "`classifier_or_model`: its outputs for an image depend on the other images of the batch, as with a "
+                "BatchNorm in training mode. The network was put into evaluation mode; it must stay there."
+            )
         return []
     return [
         "The network gives different outputs for the same inputs, as a randomized defense does, or dropout that is "
         'left on: AutoAttack\'s version "rand" is made for those, the others overestimate robust accuracy.'
     ]
+
+
+def doubts_of_gradients(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> list[str]:
+    """
+    Look whether attacks that follow gradients have any to follow.
+
+    :param model: The network.
+    :param x: A batch of inputs, on its device.
+    :param y: Their index labels, on its device.
+    :return: Warnings, if the gradient vanishes for some inputs, or the outputs look like those of a sigmoid.
+    :raises ValueError: If the outputs do not depend on the inputs as far as torch can see.
+    """
+    x = x.clone().requires_grad_()
+    with torch.enable_grad():
+        output = model(x)
+        if not output.requires_grad:
+            raise ValueError(
+                "`classifier_or_model` gives outputs without a gradient: attacks have nothing to follow. Does its "
+                "forward pass run under `torch.no_grad()`, or on NumPy arrays?"
+            )
+        (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(output, y, reduction="sum"), x)
+    found = []
+    without = (gradient.flatten(1) == 0).all(dim=1).float().mean().item()
+    if without >= 0.05:
+        found.append(
+            f"The gradient of the cross-entropy is exactly 0 for {without:.0%} of the first {len(x)} inputs (rounding "
+            "within the network, or logits so large that the softmax is exact): PGD cannot fool those, and "
+            "overestimates robust accuracy."
+        )
+    if output.min() >= 0 and output.max() <= 1:
+        found.append("The outputs all lie in [0, 1], as after a sigmoid: attacks on the cross-entropy expect logits.")
+    return found
 
 
 def doubts_of_inputs(

@@ -217,6 +217,23 @@ def as_rule(selection: object) -> SelectionRule:
     )
 
 
+def check_names(selection: object, eligible: Sequence[Layer]) -> None:
+    """
+    Refuse names of layers that may not be chosen.
+
+    :param selection: What the user passed; anything but a list of names is left alone.
+    :param eligible: The layers that may be chosen.
+    :raises ValueError: If there is such a name.
+    """
+    known = [layer.name for layer in eligible]
+    names = selection if isinstance(selection, (list, tuple)) else ()
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(
+            f"`selection` names {', '.join(unknown)}, no layer(s) that may be chosen; those are {', '.join(known)}."
+        )
+
+
 def eligible_layers(layers: Sequence[Layer], *, head_eligible: bool) -> list[Layer]:
     """
     Give the layers that may be chosen: those with a parameter that its owner has not frozen, usually not the head.
@@ -382,13 +399,7 @@ def _all(candidates: Candidates) -> list[float]:
 
 def _fixed(names: Sequence[str]) -> SelectionRule:
     def fixed(candidates: Candidates) -> list[float]:
-        known = {layer.name for layer in candidates.eligible}
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise ValueError(
-                f"`selection` names {', '.join(unknown)}, no layer(s) that may be chosen; those are "
-                f"{', '.join(layer.name for layer in candidates.eligible)}."
-            )
+        check_names(names, candidates.eligible)
         return [math.inf if layer.name in names else -math.inf for layer in candidates.layers]
 
     return fixed

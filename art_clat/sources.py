@@ -71,7 +71,11 @@ def load_model(
     :raises OSError: If a file is missing and cannot be downloaded.
     """
     if ":" in name:
-        loaded = load_function(name)()
+        function = load_function(name)
+        try:
+            loaded = function()
+        except Exception as error:  # whatever the user's code does
+            raise ValueError(f"`model`: {name} failed: {type(error).__name__}: {error}") from error
         if not isinstance(loaded, (nn.Module, PyTorchClassifier)):
             raise ValueError(
                 f"`model`: {name} must give a torch.nn.Module or an ART PyTorchClassifier, got {loaded!r}."
@@ -121,6 +125,11 @@ def load_data(
         x, y, classes = *_digits(), 10
     elif Path(name).is_dir():
         x, y, classes = _image_folder(Path(name), nb_examples, preprocessing)
+        if nb_classes not in (None, classes):
+            raise ValueError(
+                f"`nb_classes` is {nb_classes}, {name} has {classes} folders: labels are the folders' numbers in "
+                "alphabetical order, so that every class needs its folder."
+            )
     elif Path(name).suffix == ".npz":
         x, y = _npz(Path(name))
         classes = int(y.max()) + 1
@@ -245,7 +254,12 @@ def _image_folder(
         raise ValueError(f"`nb_examples` is {nb_examples}, {folder} has {len(images)} images.")
     # They are sorted by class: evenly spaced ones are of every class.
     chosen = np.linspace(0, len(images) - 1, nb_examples or len(images)).round().astype(int)
-    x = [images[index][0].numpy() for index in chosen]
+    x = []
+    for index in chosen:
+        try:
+            x.append(images[index][0].numpy())
+        except OSError as error:
+            raise ValueError(f"`dataset`: {images.samples[index][0]} cannot be read as an image: {error}") from error
     for index, image in zip(chosen, x, strict=True):
         if image.shape != x[0].shape:
             raise ValueError(
@@ -260,7 +274,12 @@ def _npz(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"`dataset`: there is no file {path.resolve()}.")
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            raise ValueError(
+                "it holds one array without a name, as np.save writes it; np.savez(path, x=x, y=y) is needed"
+            )
+        with loaded as arrays:
             if not {"x", "y"} <= set(arrays.files):
                 raise ValueError(f"arrays `x` and `y` are needed, it has {', '.join(arrays.files) or 'none'}")
             x, y = arrays["x"], arrays["y"]

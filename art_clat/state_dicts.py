@@ -66,8 +66,11 @@ def load_state_dict(model: nn.Module, path: str | os.PathLike[str]) -> None:
     surplus = [name for name in tensors if name not in expected and name not in own]
     if shapes or missing or surplus:
         found = [_first(shapes), _first(missing, "missing there: "), _first(surplus, "unknown here: ")]
-        names = likely_models(tensors)
+        other_classes = not missing and not surplus and len(shapes) <= 2  # weight and bias of the head
+        names = [] if other_classes else likely_models(tensors)
         likely = f" It looks like timm's {' or '.join(names)}." if names else ""
+        if other_classes:
+            likely = " Another number of classes?"
         raise ValueError(f"`checkpoint`: {path} is of another network: {'; '.join(filter(None, found))}.{likely}")
     if constants - tensors.keys():
         logger.info("%s has no normalisation; the network keeps its own: %s", path, ", ".join(sorted(constants)))
@@ -98,7 +101,9 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
             "be executed and is not. Save `model.state_dict()`."
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"`checkpoint`: {path} cannot be read, it seems to be cut off or damaged: {error}") from error
+        raise ValueError(
+            f"`checkpoint`: {path} cannot be read, it seems to be empty, cut off or damaged: {error}"
+        ) from error
     if isinstance(content, dict):
         content = next((content[name] for name in ENTRIES if isinstance(content.get(name), dict)), content)
     if not isinstance(content, dict) or not content or not all(map(torch.is_tensor, content.values())):

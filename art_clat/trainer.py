@@ -41,7 +41,7 @@ from art_clat.objectives import (
     make_objective,
     objectives,
 )
-from art_clat.selection import Budget, Candidates, SelectionRule, as_rule, choose, eligible_layers
+from art_clat.selection import Budget, Candidates, SelectionRule, as_rule, check_names, choose, eligible_layers
 
 logger = logging.getLogger(__name__)
 
@@ -382,6 +382,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         if self.freeze_norms:
             layers = [replace(layer, modules=layer.modules[:1]) for layer in layers]
         eligible = eligible_layers(layers, head_eligible=self.head_eligible)
+        check_names(self.selection, eligible)
         self._check_budget(eligible)
         self._check_optimizer(None if self.warmup else eligible)
         self.history = history = progress.history

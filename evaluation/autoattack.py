@@ -28,6 +28,7 @@ from art_clat import evaluate_robustness
 from art_clat.autoattack import VERSIONS
 from art_clat.distributed import Ranks
 from art_clat.robustness import PATIENCE
+from art_clat.sanity import count_classes
 from art_clat.sources import DATASETS, load_data, load_model
 
 PACKAGES = ("art_clat", "torch", "numpy", "adversarial-robustness-toolbox", "timm", "pyautoattack", "robustbench")
@@ -49,7 +50,7 @@ def parse(arguments):
     add("--num-classes", type=int, help="if the data do not say")
     add("--n-examples", type=int, help="how many; all of them unless told")
     add("--norm", choices=("Linf", "L2", "L1"), default="Linf")
-    add("--eps", type=Fraction, required=True, help="for images in [0, 1]: 8/255, 0.5")
+    add("--eps", type=fraction, required=True, help="for images in [0, 1]: 8/255, 0.5")
     add("--version", choices=(*VERSIONS, "none"), default="standard", help="AutoAttack's; none leaves it out")
     add("--pgd-steps", type=int, default=20)
     add("--pgd-restarts", type=int, default=1)
@@ -62,6 +63,14 @@ def parse(arguments):
     return parser.parse_args(arguments)
 
 
+def fraction(text):
+    """Read a number, or a quotient of two."""
+    try:
+        return Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"a number such as 8/255 or 0.5, got {text!r}") from None
+
+
 def choose_device(name):
     """Take the named device; of several processes each its own GPU."""
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -70,6 +79,14 @@ def choose_device(name):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+def outputs_of(model, x):
+    """Count a network's outputs."""
+    if isinstance(model, PyTorchClassifier):
+        return model.nb_classes
+    with torch.no_grad():
+        return count_classes(model, torch.as_tensor(x), "model")
 
 
 def run(args, command):
@@ -106,6 +123,13 @@ def run(args, command):
                     if name is not None
                 ]
             ranks.gather(None)
+    if Path(args.dataset).is_dir():
+        nb_outputs = outputs_of(models[0], data.x[:1])
+        if nb_outputs != data.nb_classes:
+            raise ValueError(
+                f"`dataset`: {args.dataset} has {data.nb_classes} folders, the network has {nb_outputs} outputs: "
+                "labels are the folders' numbers in alphabetical order, so that every class needs its folder."
+            )
     model, source = (m if isinstance(m, PyTorchClassifier) else m.to(device) for m in (models[0], models[-1]))
     log = logging.getLogger("art_clat.robustness")
     log.setLevel(logging.INFO)
@@ -156,7 +180,11 @@ def main():
     args = parse(sys.argv[1:])
     sys.path[0] = str(Path.cwd())  # modules of the user's, not the scripts beside this one
     try:
-        run(args, shlex.join(["python", "evaluation/autoattack.py", *sys.argv[1:]]))
+        size = os.environ.get("WORLD_SIZE", "1")
+        launcher = ["python"] if size == "1" else ["torchrun", "--nproc-per-node", size]
+        run(args, shlex.join([*launcher, "evaluation/autoattack.py", *sys.argv[1:]]))
+    except KeyboardInterrupt:
+        sys.exit(f"autoattack.py: interrupted; the same command goes on where {args.output} was left.")
     except (ValueError, TypeError, OSError, ImportError) as error:
         sys.exit(f"autoattack.py: {error}")
 

@@ -34,6 +34,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from art_clat import History, RobustnessReport
+from art_clat.checkpoint import read
 from art_clat.plots import new_axes
 from art_clat.robustbench import as_robustbench_writes, leaderboard_shortfalls
 
@@ -113,6 +114,7 @@ class Page:
             raise ValueError(f"{folder} is not a folder. Give the folders of evaluations or trainings.")
         name = folder.resolve().name
         histories = sorted({*folder.glob("history.json"), *folder.glob("*-history.json")})
+        histories = histories or sorted(folder.glob("last.safetensors"))  # a checkpoint of the trainer's
         entries = sorted(folder.glob("model_info/*/*/*.json"))
         if (folder / "report.json").exists():
             self._add_evaluation(name, folder)
@@ -123,11 +125,12 @@ class Page:
                 self.facts.append((name, _json(folder / "run.json")))
         else:
             raise ValueError(
-                f"{folder} is not the folder of a run: it has none of report.json, history.json, *-history.json and "
-                "model_info/*/*/*.json."
+                f"{folder} is not the folder of a run: it has none of report.json, history.json, *-history.json, "
+                "last.safetensors and model_info/*/*/*.json."
             )
         for path in histories:
-            self._add_training(f"{name}/{path.stem.removesuffix('history').rstrip('-')}".rstrip("/"), path)
+            which = "" if path.suffix == ".safetensors" else path.stem.removesuffix("history").rstrip("-")
+            self._add_training(f"{name}/{which}".rstrip("/"), path)
 
     def groups(self) -> dict[str, list[Row]]:
         """
@@ -186,7 +189,10 @@ class Page:
 
     def _add_training(self, name: str, path: Path) -> None:
         try:
-            history = History.from_json(path.read_text(encoding="utf-8"))
+            if path.suffix == ".safetensors":
+                history = History.from_json(json.dumps(read(path)[1]["progress"]["history"]))
+            else:
+                history = History.from_json(path.read_text(encoding="utf-8"))
             last = history.epochs[-1]
         except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} is not the history of a training: {error!r}.") from error

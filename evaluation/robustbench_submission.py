@@ -33,6 +33,7 @@ import torch
 from torch import nn
 
 from art_clat import RobustnessReport, create_backbone, write_robustbench_entry
+from art_clat._robustbench import robustbench_utils
 from art_clat.robustbench import as_robustbench_writes, leaderboard_row, leaderboard_shortfalls, run_benchmark
 from art_clat.robustness import ORDERS
 from art_clat.sources import TestData, load_data, load_function, load_model
@@ -66,6 +67,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--benchmark", action="store_true", help="repeat the evaluation with RobustBench's own benchmark")
     add("--device", default="cpu", help="for --benchmark")
     return parser.parse_args(arguments)
+
+
+def check_new(model_id: str, *, dataset: str, norm: str) -> None:
+    """Refuse the identifier of a model that RobustBench has."""
+    robustbench_utils()
+    from robustbench.model_zoo import model_dicts
+    from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
+
+    if model_id in model_dicts[BenchmarkDataset(dataset)].get(ThreatModel(norm), {}):
+        raise ValueError(f"`--model-id`: RobustBench has a model {model_id} for {dataset} and {norm} already.")
 
 
 def maker(
@@ -174,7 +185,8 @@ def form(
 - [{" " if architectures else "x"}] I use an architecture that is **not** included among those
   [here](https://github.com/RobustBench/robustbench/tree/master/robustbench/model_zoo/architectures) (check if true).
 - [{"x" if mit else " "}] I agree to release my model(s) under MIT license (check if true) **OR**
-- [{"x" if custom else " "}] I want my models to be released under a custom license, located here: {custom or ""}
+- [{"x" if custom else " "}] I want my models to be released under a custom license, located here: \
+{custom or ("" if mit else TODO)}
 
 # Files
 
@@ -229,6 +241,7 @@ def pack(args: argparse.Namespace, folder: Path) -> list[str]:
     dataset, norm = data["name"], report.norm
     setting = {"model_id": args.model_id, "dataset": dataset, "norm": norm}
     timm_name(**setting)  # refuses what RobustBench could not load
+    check_new(args.model_id, dataset=dataset, norm=norm)
     tests = load_data(
         dataset, data_dir=args.data_dir, nb_examples=report.nb_examples, preprocessing=data.get("preprocessing")
     )
@@ -251,7 +264,9 @@ def pack(args: argparse.Namespace, folder: Path) -> list[str]:
     definition.write_text(text, encoding="utf-8")
     write_checkpoint(network, checkpoint, definition, **setting)
     loaded = load_from_robustbench(definition, checkpoint, **setting)
-    checks = check_adversarial(report, args.run / "adversarial.pt", tests, loaded)
+    size = f"{sum(parameter.numel() for parameter in loaded.parameters()):,} parameters"
+    checks = [f"evaluated as {model['name']}, {size}: is `{args.architecture}` what RobustBench calls it?"]
+    checks += check_adversarial(report, args.run / "adversarial.pt", tests, loaded)
 
     write_robustbench_entry(
         report, model_id=args.model_id, dataset=dataset, directory=folder, link=args.link, name=args.title,
@@ -268,6 +283,7 @@ def pack(args: argparse.Namespace, folder: Path) -> list[str]:
     doubts = leaderboard_shortfalls(report, dataset)
     row = leaderboard_row(args.model_id, dataset=dataset, norm=norm, directory=folder)
     note = f"\nNot a leaderboard claim as it stands: {'; '.join(doubts)}.\n" if doubts else ""
+    note += "\nThe rank is that among the entries in this folder.\n"
     (folder / "leaderboard_row.md").write_text(row + note, encoding="utf-8")
     module = definition.stem
     (folder / "model_zoo_entry.py").write_text(
@@ -291,6 +307,9 @@ def main(arguments: list[str]) -> None:
     """Write the folder, whole or not at all."""
     args = parse(arguments)
     try:
+        for name in ("title", "authors", "link"):
+            if set(getattr(args, name)) & {"…"} or not getattr(args, name).strip(" ."):
+                raise ValueError(f"`--{name}` {getattr(args, name)!r} is a placeholder.")
         if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
             raise ValueError(f"`--output`: {args.output} holds something already. Name a new or empty folder.")
         args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -133,6 +133,12 @@ class TestCIFAR:
             timm.create_model("wideresnet28_10_cifar")
 
 
+def test_images_of_other_channels_are_refused():
+    model = create_backbone("resnet10t", num_classes=4, input_size=(3, 32, 32))
+    with pytest.raises(ValueError, match="The images have 1 channels, the network is for 3"):
+        model(torch.zeros(2, 1, 32, 32))
+
+
 def test_large_images_leave_the_network_as_timm_makes_it():
     model = create_backbone("resnet18", num_classes=10, input_size=(3, 224, 224))
     assert model.model.conv1.stride == (2, 2)

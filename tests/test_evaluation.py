@@ -16,6 +16,7 @@ from evaluation_run import SETTINGS, evaluate, held_out, outcome, trained
 from test_distributed import launch
 
 from art_clat import evaluate_robustness
+from art_clat.checkpoint import read, write
 
 SCRIPT = Path(evaluation_run.__file__)
 NB_KILLS = int(os.environ.get("NB_KILLS", 3))
@@ -150,6 +151,29 @@ class TestRefused:
         settings = {**SETTINGS, "autoattack_version": None, "checkpoint": run}
         with pytest.raises(ValueError, match="holds another run: classifier_or_model, weights is"):
             evaluate_robustness(trained(1), *held_out(), **settings)
+
+    def test_other_code(self, run):
+        """Same weights, same architecture as far as can be written down."""
+        model = trained()
+        forward = model.forward
+        model.forward = lambda x: forward(x * 0.9)
+        before = {path.name: path.read_bytes() for path in run.iterdir()}
+        with pytest.raises(ValueError, match="gave other outputs for the same inputs"):
+            evaluate_robustness(model, *held_out(), **{**SETTINGS, "autoattack_version": None, "checkpoint": run})
+        assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+    def test_batches_of_other_examples_are_not_used(self, run, tmp_path):
+        """As another machine, on which another example withstood the attack before, would leave them."""
+        shutil.copytree(run, tmp_path / "copy")
+        path = tmp_path / "copy" / "pgd-00000.safetensors"
+        tensors, content = read(path)
+        before = evaluate("standard", autoattack_version=None, checkpoint=run)
+        assert not tensors["fooled"].all()
+        write(
+            path, {**tensors, "fooled": torch.ones_like(tensors["fooled"]), "indices": tensors["indices"] + 1}, content
+        )
+        again = evaluate("standard", autoattack_version=None, checkpoint=tmp_path / "copy")
+        assert_same(outcome(again), outcome(before))
 
     def test_other_data(self, run):
         settings = {**SETTINGS, "autoattack_version": None, "checkpoint": run}

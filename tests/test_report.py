@@ -10,8 +10,9 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from conftest import Chain, make_attack, make_classifier
 
-from art_clat import RobustnessReport
+from art_clat import AdversarialTrainerCLATPyTorch, RobustnessReport
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "evaluation" / "results" / "quickstart"
@@ -221,6 +222,14 @@ def test_what_is_no_run(script, tmp_path, files, said):
     with pytest.raises(ValueError, match=said):
         script.write([tmp_path / "run"], tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
+
+
+def test_the_folder_of_a_training(script, tmp_path, data):
+    """As ``fit(checkpoint=)`` leaves it."""
+    trainer = AdversarialTrainerCLATPyTorch(classifier := make_classifier(Chain()), make_attack(classifier), seed=0)
+    trainer.fit(*data, nb_epochs=1, checkpoint=tmp_path / "run", verbose=False)
+    script.write([tmp_path / "run"], tmp_path / "page.html")
+    assert trainer.history.selections[0].chosen[0] in Page((tmp_path / "page.html").read_text()).text
 
 
 def test_a_folder_that_is_not_there(script, tmp_path):

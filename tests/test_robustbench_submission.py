@@ -112,7 +112,8 @@ def test_the_folder_has_what_the_form_asks_for(script, run, data, capsys):
     for line in (
         "- **Paper Title**: A Title", "- **Threat Model**: Linf", "- **eps**: 8/255", "- **Additional data**: false",
         f"- **Robust accuracy**: {report.autoattack_accuracy:.2%}", "checkpoint: TODO, code: https://example.org/code",
-        "- [x] I agree to release my model(s) under MIT license", "- [ ] I want to add my models to the Model Zoo",
+        "- [x] I agree to release my model(s) under MIT license", f"evaluated as {run.parent / 'network.py'}:make, ",
+        "- [ ] I want to add my models to the Model Zoo",
         "> **Not a leaderboard claim as it stands:**", "> - evaluated on 32 of the 10000 examples",
     ):  # fmt: skip
         assert line in issue
@@ -211,6 +212,18 @@ def test_other_weights_than_those_evaluated(script, run, capsys):
     torch.save(other, run.parent / "other.pt")
     said = refused(script, capsys, *arguments(run, "--checkpoint", str(run.parent / "other.pt")))
     assert "the network decides otherwise than in the evaluation" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("--model-id", "Carmon2019Unlabeled"), "`--model-id`: RobustBench has a model Carmon2019Unlabeled"),
+        (("--title", "…"), "`--title` '…' is a placeholder"),
+        (("--link", "https://…"), "`--link` 'https://…' is a placeholder"),
+    ],
+)
+def test_placeholders_and_models_that_are_there_already(script, run, capsys, change, said):
+    assert said in refused(script, capsys, *arguments(run, *change))
 
 
 def test_bad_identifier(script, run, capsys):

@@ -291,6 +291,10 @@ class TestEvaluation:
             evaluate_robustness(pixels, x, y, norm="Linf", eps=0.1)
         with pytest.raises(TypeError, match="`classifier_or_model` must be"):
             evaluate_robustness(lambda x: x, x, y, norm="Linf", eps=0.1)
+        with pytest.raises(ValueError, match="outputs without a gradient"):
+            evaluate_robustness(WithoutGradient(classifier.model), x, y, norm="Linf", eps=0.1)
+        with pytest.raises(ValueError, match="depend on the other images of the batch"):
+            evaluate_robustness(AlwaysTraining(), x, y, norm="Linf", eps=0.1)
         three = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
         with pytest.raises(ValueError, match="at least 4 classes"):
             evaluate_robustness(three, x, y % 3, norm="Linf", eps=0.1)
@@ -303,6 +307,51 @@ class Scaled(nn.Module):
 
     def forward(self, x):
         return x * self.factor + self.shift
+
+
+class WithoutGradient(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    @torch.no_grad()
+    def forward(self, x):
+        return self.inner(x)
+
+
+class AlwaysTraining(nn.Sequential):
+    """A network that puts itself back into training mode."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
+
+    def forward(self, x):
+        self.train()
+        return super().forward(x)
+
+
+class Rounding(nn.Module):
+    def forward(self, x):
+        return (255 * x).round() / 255
+
+
+@pytest.mark.parametrize(
+    ("change", "warning"),
+    [
+        (lambda model: nn.Sequential(Rounding(), model), "exactly 0 for 100% of the first 24 inputs"),
+        (lambda model: nn.Sequential(model, Scaled(1e6)), "exactly 0 for"),
+        (lambda model: nn.Sequential(model, nn.Sigmoid()), "as after a sigmoid"),
+        (lambda model: model, None),
+    ],
+)
+def test_gradients_that_lead_nowhere_are_warned_of(digits, change, warning):
+    classifier, x, y = digits
+    report = evaluate_robustness(
+        change(classifier.model), x, y, norm="Linf", eps=0.1, autoattack_version=None, pgd_max_iter=1
+    )
+    assert [text for text in report.warnings if warning and warning in text] == list(report.warnings)
+    assert bool(report.warnings) == (warning is not None)
 
 
 class TestNormalisation:

@@ -59,6 +59,13 @@ class TestWeights:
             load_state_dict(model, tmp_path / "x")
         assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
+    def test_of_other_classes(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("timm.list_models", lambda: pytest.fail("looked for another network"))
+        there = create_backbone("resnet10t", num_classes=4).state_dict()
+        torch.save(there, tmp_path / "x")
+        with pytest.raises(ValueError, match=r"fc.weight has shape \(4, 512\) there, .* Another number of classes\?"):
+            load_state_dict(create_backbone("resnet10t", num_classes=5), tmp_path / "x")
+
     def test_with_code_are_not_executed(self, model, tmp_path):
         code = Code()
         code.path = str(tmp_path / "executed")
@@ -161,6 +168,11 @@ class TestData:
         with pytest.raises(ValueError, match="9.png has 5×7 pixels, .*0.png has 5×6"):
             load_data(str(tmp_path))
         assert load_data(str(tmp_path), preprocessing="Res224").x.shape == (13, 3, 224, 224)
+        with pytest.raises(ValueError, match="has 3 folders: labels are the folders' numbers"):
+            load_data(str(tmp_path), nb_classes=4, preprocessing="Res224")
+        (tmp_path / "fox" / "9.png").write_bytes(b"no image")
+        with pytest.raises(ValueError, match=r"9\.png cannot be read as an image"):
+            load_data(str(tmp_path))
 
     def test_empty_folder(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="has no images"):
@@ -175,6 +187,12 @@ class TestData:
         data = load_data(str(tmp_path / "x.npz"), nb_classes=10)
         np.testing.assert_allclose(data.x, 0.2)
         assert data.y.tolist() == [0, 1, 2, 3] and data.nb_classes == 10
+
+    def test_one_array_is_no_npz(self, tmp_path):
+        with open(tmp_path / "x.npz", "wb") as file:
+            np.save(file, np.zeros(3))
+        with pytest.raises(ValueError, match=r"one array without a name.*np\.savez"):
+            load_data(str(tmp_path / "x.npz"))
 
     @pytest.mark.parametrize(
         ("arrays", "match"),

@@ -359,6 +359,13 @@ class TestArgumentsArrive:
             trainer.fit(*data, nb_epochs=1, **QUIET)
         assert not moved(chain, before)
 
+    def test_names_of_no_layers_are_refused_before_the_warm_up(self, chain, data):
+        trainer = make_trainer(make_classifier(chain), warmup=5, selection=["first", "secnd"])
+        before = snapshot(chain)
+        with pytest.raises(ValueError, match=r"`selection` names secnd, .* those are first, second, hidden\."):
+            trainer.fit(*data, nb_epochs=1, **QUIET)
+        assert not moved(chain, before)
+
     def test_single_step_and_after_norm(self, normed, data):
         classifier = make_classifier(normed)
         trainer = make_trainer(classifier, objective="clean_single_step", after_norm=True)
