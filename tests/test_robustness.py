@@ -158,7 +158,7 @@ class TestEvaluation:
             classifier, x, y, norm="Linf", eps=0.04, pgd_max_iter=1, autoattack_version=None, seed=3, batch_size=24
         )
         handle.remove()
-        (start,) = (inputs for is_attack, inputs in seen if is_attack)
+        _, start = (inputs for is_attack, inputs in seen if is_attack)  # the first looks whether there are gradients
         _, end = seen[-1]
         x = torch.tensor(x)[torch.tensor(report.clean)]  # what is misclassified anyway is not attacked
         inside = (x > 0.05) & (x < 0.95)
