@@ -700,8 +700,15 @@ def aggregate(bench):
         f"{bench.name}`, {dates[0]} to {dates[-1]}, {'; '.join(sorted({run['machine'] for run in runs}))}.",
         f"Versions: {', '.join(f'{key} {value}' for key, value in runs[-1]['versions'].items())}.",
     ]
-    for name, content in config["tables"].items():
+    begun = {
+        name: content
+        for name, content in config["tables"].items()
+        if sum(any(found[arm, seed] for seed in seeds) for arm in content["arms"]) > 1
+    }
+    for name, content in begun.items():
         text += [f"## {name}. {content['title']}", table(config, name, found, seeds)]
+    if missing := [name for name in config["tables"] if name not in begun]:
+        text += [f"Not run yet: table {', '.join(missing)}."]
     measurements = [bench.stability_file(seed) for seed in seeds if bench.stability_file(seed).exists()]
     if measurements:
         measurements = [json.loads(file.read_text()) for file in measurements]
@@ -710,11 +717,10 @@ def aggregate(bench):
     failed = [f"- {run['arm']}, seed {run['seed']}: {run['error']}" for run in runs if run["status"] == "failed"]
     if failed:
         text += ["## Failed", "\n".join(failed)]
-    for name, content in config["tables"].items():
-        if any(found[arm, seed] for arm in content["arms"] for seed in seeds):
-            file = f"best-against-last-{name}.png"
-            plot_best_against_last(config, content["arms"], found, seeds, bench.results / file)
-            text += [f"![Best against last epoch, table {name}]({file})"]
+    for name, content in begun.items():
+        file = f"best-against-last-{name}.png"
+        plot_best_against_last(config, content["arms"], found, seeds, bench.results / file)
+        text += [f"![Best against last epoch, table {name}]({file})"]
     _write(bench.results / "results.md", lambda path: path.write_text("\n\n".join(text) + "\n", encoding="utf-8"))
     print("\n\n".join(text))
 
