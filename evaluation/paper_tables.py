@@ -700,11 +700,11 @@ def aggregate(bench):
         f"{bench.name}`, {dates[0]} to {dates[-1]}, {'; '.join(sorted({run['machine'] for run in runs}))}.",
         f"Versions: {', '.join(f'{key} {value}' for key, value in runs[-1]['versions'].items())}.",
     ]
-    begun = {
-        name: content
-        for name, content in config["tables"].items()
-        if sum(any(found[arm, seed] for seed in seeds) for arm in content["arms"]) > 1
-    }
+    begun, shown = {}, set()
+    for name, content in config["tables"].items():  # one that repeats arms of those before it has not begun
+        if any(found[arm, seed] for arm in set(content["arms"]) - shown for seed in seeds):
+            begun[name] = content
+            shown |= set(content["arms"])
     for name, content in begun.items():
         text += [f"## {name}. {content['title']}", table(config, name, found, seeds)]
     if missing := [name for name in config["tables"] if name not in begun]:
