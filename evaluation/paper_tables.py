@@ -543,8 +543,8 @@ def paired(values, reference):
     mean, half = interval(difference)
     if len(difference) < 2:
         return mean, half, float("nan")
-    if np.ptp(difference) == 0:
-        return mean, half, 1.0 if mean == 0 else 0.0
+    if np.ptp(difference) < 1e-12:  # the same but for rounding
+        return mean, half, 1.0 if abs(mean) < 1e-12 else 0.0
     return mean, half, float(stats.ttest_rel(values, reference).pvalue)
 
 
@@ -566,8 +566,8 @@ def table(config, name, found, seeds):
     against_what = config["arms"][min(compared)]["title"] if len(compared) == 1 else "the same, continued"
     lines = [
         "| arm | seeds | clean | PGD-20 | AutoAttack | best epoch: AutoAttack | train PGD-20 | AutoAttack against "
-        f"{against_what} | p | clean against it | trained | s an epoch |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"{against_what} | p | the same, best epochs | clean against it | trained | s an epoch |",
+        "|" + " --- |" * 13,
     ]
 
     def done(arm):
@@ -579,7 +579,7 @@ def table(config, name, found, seeds):
         title = config["arms"][arm]["title"]
         count = f"{len(runs)} of {len(seeds)}" + (f", **{failed} failed**" if failed else "")
         if not runs:
-            lines.append(f"| {title} | {count} |" + " |" * 10)
+            lines.append(f"| {title} | {count} |" + " |" * 11)
             continue
         cells = [
             _percent(interval([run["results"][when][what] for run in runs.values()]))
@@ -591,23 +591,24 @@ def table(config, name, found, seeds):
                 ("last", "train_pgd20"),
             )
         ]
-        common = [seed for seed in runs if seed in baseline]
-        against, p, clean = "", "", ""
-        if arm != references[arm] and common:
-            one, other = (
-                {what: [group[seed]["results"]["last"][what] for seed in common] for what in ("autoattack", "clean")}
-                for group in (runs, baseline)
-            )
-            *difference, p_value = paired(one["autoattack"], other["autoattack"])
+        against, p, best, clean = "", "", "", ""
+        if arm != references[arm] and runs.keys() & baseline.keys():
+            *difference, p_value = _difference(runs, baseline, "last", "autoattack")
             against, p = _percent(difference, signed=True), "" if np.isnan(p_value) else f"{p_value:.3f}"
-            clean = _percent(paired(one["clean"], other["clean"])[:2], signed=True)
+            best = _percent(_difference(runs, baseline, "best", "autoattack")[:2], signed=True)
+            clean = _percent(_difference(runs, baseline, "last", "clean")[:2], signed=True)
         share = np.mean([run["trainable_share"] for run in runs.values()])
         seconds = np.median([run["seconds_per_epoch"] for run in runs.values()])
         lines.append(
-            f"| {title} | {count} | {' | '.join(cells)} | {against} | {p} | {clean} | {100 * share:.2g} % "
-            f"| {seconds:.1f} |"
+            f"| {title} | {count} | {' | '.join(cells)} | {against} | {p} | {best} | {clean} "
+            f"| {100 * share:.3g} % | {seconds:.1f} |"
         )
     return "\n".join(lines)
+
+
+def _difference(runs, baseline, when, what):
+    common = [seed for seed in runs if seed in baseline]
+    return paired(*([group[seed]["results"][when][what] for seed in common] for group in (runs, baseline)))
 
 
 def stability_table(measurements):
@@ -694,10 +695,12 @@ def aggregate(bench):
         f"{bench.preset['train_images']} training, {bench.preset['validation_images']} validation and "
         f"{bench.preset['test_images']} test images; AutoAttack (standard) runs on the first "
         f"{bench.preset['autoattack_images']} of the latter, PGD-20 on all. Differences are paired by seed; p is the "
-        "paired t-test's, not corrected for the number of arms. *trained* is the mean share of the parameters over the "
-        "selections. The best epoch is that of the highest robust accuracy on validation images.",
+        "paired t-test's, not corrected for the number of arms; best epochs are compared with best epochs. *trained* "
+        "is the mean share of the parameters over the selections. The best epoch is that of the highest robust "
+        "accuracy on validation images.",
         f"`python evaluation/paper_tables.py run --preset {bench.name} --data DIR` and `… aggregate --preset "
-        f"{bench.name}`, {dates[0]} to {dates[-1]}, {'; '.join(sorted({run['machine'] for run in runs}))}.",
+        f"{bench.name}`, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, "
+        f"{'; '.join(sorted({run['machine'] for run in runs}))}.",
         f"Versions: {', '.join(f'{key} {value}' for key, value in runs[-1]['versions'].items())}.",
     ]
     begun, shown = {}, set()

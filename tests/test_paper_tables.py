@@ -219,6 +219,11 @@ def test_table_is_what_the_runs_say(done):
         for a, b in zip(runs, reference, strict=True)
     ]
     assert row[6].startswith(f"{np.mean(against):+.1f}")
+    best = [
+        100 * (a["results"]["best"]["autoattack"] - b["results"]["best"]["autoattack"])
+        for a, b in zip(runs, reference, strict=True)
+    ]
+    assert row[8].startswith(f"{np.mean(best):+.1f}")
     assert rows["PGD-AT continued"][6] == "" and rows["CLAT, adversarial reading"][0] == "0 of 2"
     assert "AutoAttack against PGD-AT continued" in text
 
