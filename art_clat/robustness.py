@@ -310,7 +310,8 @@ def evaluate_robustness(
     :param verbose: Show the progress and the time left, at most.
     :return: The accuracies and the verdict on every example.
     :raises TypeError: If `classifier_or_model` is neither.
-    :raises ValueError: If an argument is out of its range, inputs lie outside [0, 1], the outputs are no logits, or
+    :raises ValueError: If an argument is out of its range, inputs lie outside [0, 1] or are not of the
+            classifier's ``input_shape``, the outputs are no logits, or
             normalisation seems to be missing or to be there twice: the figures would be false. If `checkpoint` holds
             something else.
     :raises ImportError: If AutoAttack is not installed.
@@ -331,6 +332,8 @@ def evaluate_robustness(
     model, device = _as_model(classifier_or_model, "classifier_or_model")
     source, source_device = (None, device) if transfer_from is None else _as_model(transfer_from, "transfer_from")
     inputs = check_images(x, y)
+    _check_size(inputs, "classifier_or_model", classifier_or_model)
+    _check_size(inputs, "transfer_from", transfer_from)
     check_eps(eps, norm, inputs[0].numel())
     step = eps / 4 if pgd_eps_step is None else float(pgd_eps_step)
     ranks = Ranks.join(device, PATIENCE)
@@ -495,6 +498,13 @@ def _as_model(classifier_or_model: object, argument: str) -> tuple[nn.Module, to
         f"`{argument}` must be an ART PyTorchClassifier or a torch.nn.Module, "
         f"got {type(classifier_or_model).__module__}.{type(classifier_or_model).__qualname__}."
     )
+
+
+def _check_size(inputs: torch.Tensor, argument: str, classifier_or_model: object) -> None:
+    """Refuse images that are not of the size a classifier was declared for; convolutions would take them."""
+    shape = tuple(inputs.shape[1:])
+    if isinstance(classifier_or_model, PyTorchClassifier) and shape != tuple(classifier_or_model.input_shape):
+        raise ValueError(f"`x` has images of shape {shape}, `{argument}` takes {classifier_or_model.input_shape}.")
 
 
 def _describe(argument: str, classifier_or_model: PyTorchClassifier | nn.Module) -> dict[str, object]:

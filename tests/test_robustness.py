@@ -258,8 +258,8 @@ class TestEvaluation:
             ({"eps": None}, "Got None"),
             ({"eps": float("nan")}, "Got nan"),
             ({"pgd_restarts": 0}, "`pgd_restarts`"),
-            ({"x": np.zeros((24, 3, 8, 8))}, "does not take images of 3 channels and 8×8 pixels"),
-            ({"x": np.zeros((24, 1, 2, 2))}, "does not take images of 1 channels and 2×2 pixels"),
+            ({"x": np.zeros((24, 3, 8, 8))}, r"of shape \(3, 8, 8\), `classifier_or_model` takes \(1, 8, 8\)"),
+            ({"x": np.zeros((24, 1, 9, 9))}, r"of shape \(1, 9, 9\), `classifier_or_model` takes \(1, 8, 8\)"),
             ({"norm": 3}, "`norm` must be"),
             ({"autoattack_version": "best"}, "`autoattack_version`"),
             ({"pgd_max_iter": 0}, "`pgd_max_iter`"),
@@ -289,6 +289,17 @@ class TestEvaluation:
         )
         with pytest.raises(ValueError, match="clip_values must be"):
             evaluate_robustness(pixels, x, y, norm="Linf", eps=0.1)
+        for shape, match in (
+            ((24, 3, 8, 8), "3 channels and 8×8 pixels"),
+            ((24, 1, 2, 2), "1 channels and 2×2 pixels"),
+        ):
+            with pytest.raises(ValueError, match=f"does not take images of {match}"):
+                evaluate_robustness(classifier.model, np.zeros(shape), y, norm="Linf", eps=0.1)
+        with pytest.raises(ValueError, match=r"`transfer_from` takes \(1, 9, 9\)"):
+            larger = PyTorchClassifier(
+                classifier.model, nn.CrossEntropyLoss(), (1, 9, 9), 10, clip_values=(0, 1), device_type="cpu"
+            )
+            evaluate_robustness(classifier, x, y, norm="Linf", eps=0.1, transfer_from=larger)
         with pytest.raises(TypeError, match="`classifier_or_model` must be"):
             evaluate_robustness(lambda x: x, x, y, norm="Linf", eps=0.1)
         with pytest.raises(ValueError, match="outputs without a gradient"):
