@@ -138,6 +138,12 @@ def test_robustbenchs_own_benchmark_agrees_on_real_cifar10_example_by_example(tm
 
     AutoAttack's attacks are made short on both sides.
     """
+    seeds = []
+
+    class Seeded(autoattack().AutoAttack):
+        def __init__(self, *args, **kwargs):
+            seeds.append(kwargs["seed"])
+            super().__init__(*args, **kwargs)
 
     def short(self, version):
         original(self, version)
@@ -165,6 +171,7 @@ def test_robustbenchs_own_benchmark_agrees_on_real_cifar10_example_by_example(tm
     write_checkpoint(model, tmp_path / "weights.pt", tmp_path / "definition.py", **SETTING)
     theirs = load_from_robustbench(tmp_path / "definition.py", tmp_path / "weights.pt", **SETTING)
     arguments = {"eps": 0.5 / 255, "nb_examples": 16, "data_dir": tmp_path, "directory": tmp_path, "batch_size": 16}
+    monkeypatch.setattr("robustbench.eval.AutoAttack", Seeded)
     clean, robust, verdicts = run_benchmark(theirs, **SETTING, **arguments, seed=5)
     np.testing.assert_array_equal(verdicts, ours.autoattack)
     assert (clean, robust) == pytest.approx((ours.clean_accuracy, ours.autoattack_accuracy))
@@ -177,3 +184,4 @@ def test_robustbenchs_own_benchmark_agrees_on_real_cifar10_example_by_example(tm
 
     *_, by_the_clock = run_benchmark(theirs, **SETTING, **arguments)  # RobustBench's way
     assert by_the_clock.mean() == pytest.approx(robust, abs=1.01 / 16)
+    assert seeds == [5, None]

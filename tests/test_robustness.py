@@ -17,7 +17,7 @@ from torch import nn
 
 from art_clat import RobustnessReport, create_backbone, evaluate_robustness
 from art_clat._robustbench import autoattack
-from art_clat.autoattack import Ensemble
+from art_clat.autoattack import Ensemble, heard
 from art_clat.sources import load_data, load_model
 
 CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
@@ -247,6 +247,29 @@ class TestEvaluation:
         report = evaluate_robustness(Random(), x, [0, 1, 2, 3], norm="Linf", eps=0.1)
         assert any("randomized" in message for message in report.warnings)
         assert any("randomized" in record.message for record in caplog.records)
+
+    def test_a_network_that_changes_at_test_time_is_told_from_the_next_one(self):
+        class Dynamic(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.fc = nn.Linear(72, 10)
+
+            def forward(self, x):
+                with torch.enable_grad():
+                    inputs = x.flatten(1).detach().requires_grad_()
+                    moved = inputs - torch.autograd.grad(self.fc(inputs).logsumexp(1).sum(), inputs)[0]
+                return self.fc(moved.detach())
+
+        def said(model):
+            ensemble = Ensemble(
+                model, norm="Linf", eps=0.1, version="standard", nb_classes=10, seed=0, device=torch.device("cpu")
+            )
+            with heard() as messages:
+                ensemble.check_dynamic(torch.rand(4, 2, 6, 6))
+            return messages
+
+        assert ["gradients in its forward pass" in message for message in said(Dynamic())] == [True]
+        assert not said(nn.Sequential(nn.Flatten(), nn.Linear(72, 10)))
 
     @pytest.mark.parametrize(
         ("change", "match"),

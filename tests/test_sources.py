@@ -59,6 +59,18 @@ class TestWeights:
             load_state_dict(model, tmp_path / "x")
         assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
+    def test_of_another_network_by_what_is_missing_or_more(self, model, tmp_path, monkeypatch):
+        monkeypatch.setattr("timm.list_models", lambda: ["resnet10t"])
+        there = model.state_dict()
+        more = {**there, "conv9.weight": torch.zeros(3)}
+        less = {name: tensor for name, tensor in there.items() if name != "conv2.weight"}
+        for tensors, match in ((more, "unknown here: conv9.weight"), (less, "missing there: conv2.weight")):
+            torch.save(tensors, tmp_path / "x")
+            before = {name: t.clone() for name, t in model.state_dict().items()}
+            with pytest.raises(ValueError, match=f"of another network: {match}"):
+                load_state_dict(model, tmp_path / "x")
+            assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
     def test_of_other_classes(self, tmp_path, monkeypatch):
         monkeypatch.setattr("timm.list_models", lambda: pytest.fail("looked for another network"))
         there = create_backbone("resnet10t", num_classes=4).state_dict()
