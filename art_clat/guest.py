@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -38,6 +38,30 @@ def own_modes(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def own_statistics(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """
+    Leave running statistics of norms as they are, whatever runs through them in training mode.
+
+    They are exchanged for copies meanwhile, not written over: autograd may still need what it saw.
+
+    :param modules: The modules, with the norms in them.
+    """
+    kept = [
+        (part, name, buffer)
+        for part in dict.fromkeys(part for module in modules for part in module.modules())
+        if part.training and isinstance(part, nn.modules.batchnorm._NormBase)
+        for name, buffer in part.named_buffers(recurse=False)
+    ]
+    for module, name, buffer in kept:
+        setattr(module, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for module, name, buffer in kept:
+            setattr(module, name, buffer)
 
 
 @contextmanager

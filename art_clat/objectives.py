@@ -13,6 +13,7 @@ from torch import nn
 from art_clat.attacks import OutputAttack, in_chunks
 from art_clat.distributed import Part
 from art_clat.features import Features
+from art_clat.guest import own_statistics
 from art_clat.layers import Layer
 from art_clat.network import Network
 
@@ -91,8 +92,9 @@ class AdversarialCLAT(Objective):
         L(F(x+δ), y) + λ · E[ Σ_{i∈S} ‖F_i(x+δ) − F_i(x)‖_2 ].
 
     This departs from eq. 5 and 6 in two ways: the cross-entropy is on the perturbed batch, and the same δ serves the
-    feature distance. The gradient flows through both features, as in eq. 6. The clean pass ends at the last of them; a
-    BatchNorm in S before that sees the clean and the perturbed batch in turn, in training mode, as in TRADES.
+    feature distance. The gradient flows through both features, as in eq. 6. The clean pass ends at the last of them.
+    BatchNorms in S that it meets normalise by its own batch, in training mode, as in TRADES, but their running
+    statistics are those of the perturbed batches alone: the same for all of S, and the same as in adversarial training.
 
     :param network: The network.
     :param layers: The critical layers S.
@@ -104,11 +106,12 @@ class AdversarialCLAT(Objective):
     def __init__(self, network: Network, layers: Sequence[Layer], weight: float, *, relative: bool = False) -> None:
         self.network = network
         self.features = Features(layers, lengths=relative)
+        self.modules = [module for layer in layers for module in layer.modules]
         self.weight = weight
         self.relative = relative
 
     def loss(self, x: torch.Tensor, x_adv: torch.Tensor, y: torch.Tensor) -> BatchLoss:
-        with self.features.keep(stop=True):
+        with self.features.keep(stop=True), own_statistics(self.modules):
             self.network.logits(x)
         with self.features.compare():
             cross_entropy, logits = self.network.loss(x_adv, y)
@@ -124,7 +127,7 @@ class CleanCLAT(Objective):
         min over S:  L(F(x), y) + λ · E[ sup_δ Σ_{i∈S} ‖F_i(x+δ) − F_i(x)‖_2 ].
 
     The distance is zero at δ = 0, and so is its gradient: the inner attack starts at random whatever the ART attack
-    does.
+    does. Running statistics of BatchNorms in S are those of the clean batches.
 
     :param network: The network; its preprocessing must be differentiable.
     :param layers: The critical layers S.
@@ -138,6 +141,7 @@ class CleanCLAT(Objective):
     def __init__(self, network: Network, layers: Sequence[Layer], weight: float, *, single_step: bool = False) -> None:
         self.network = network
         self.features = Features(layers)
+        self.modules = [module for layer in layers for module in layer.modules]
         self.weight = weight
         self.single_step = single_step
 
@@ -162,7 +166,7 @@ class CleanCLAT(Objective):
     def loss(self, x: torch.Tensor, x_adv: torch.Tensor, y: torch.Tensor) -> BatchLoss:
         with self.features.keep():
             cross_entropy, logits = self.network.loss(x, y)
-        with self.features.compare(stop=True):
+        with self.features.compare(stop=True), own_statistics(self.modules):
             self.network.logits(x_adv)
         self.features.release()
         return _weighted(cross_entropy, self.features.total_distance(len(x)), self.weight, logits)

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from conftest import INPUT_SHAPE, make_attack, make_classifier
@@ -59,6 +61,31 @@ def test_loss_and_gradient_are_those_of_the_equations(chain, case, reading):
     torch.testing.assert_close(got.logits, chain.features(on)["head"].detach())
     for ours, reference in zip(torch.autograd.grad(got.loss, parameters), expected_gradients, strict=True):
         torch.testing.assert_close(ours, reference, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("reading", ["adversarial", "clean"])
+def test_statistics_are_those_of_the_pass_with_the_cross_entropy(normed, data, reading):
+    """At λ = 0 the "adversarial" objective is adversarial training of the chosen layers, BatchNorm and all."""
+    network = Network(make_classifier(normed))
+    chosen = [
+        layer
+        for layer in find_layers(normed, lambda size: normed(torch.rand(size, *INPUT_SHAPE)))
+        if layer.name != "fc"
+    ]
+    x, y = torch.tensor(data[0]), torch.tensor(data[1])
+    x_adv = (x + 0.1 * torch.randn_like(x)).clamp(0, 1)
+    normed.dropout.eval()
+    reference = copy.deepcopy(normed)
+    buffers = dict(normed.named_buffers())
+    loss = nn.functional.cross_entropy(reference(x_adv if reading == "adversarial" else x), y)
+    objective = (AdversarialCLAT if reading == "adversarial" else CleanCLAT)(network, chosen, 0.0)
+    got = objective.loss(x, x_adv, y).loss
+    expected = torch.autograd.grad(loss, list(reference.parameters()))
+    for one, other in zip(torch.autograd.grad(got, list(normed.parameters())), expected, strict=True):
+        torch.testing.assert_close(one, other)
+    for name, buffer in reference.named_buffers():
+        assert normed.get_buffer(name) is buffers[name]
+        torch.testing.assert_close(buffers[name], buffer)
 
 
 def test_inner_attack_of_eq_5_ascends_the_feature_distance_not_the_loss(chain, case):
