@@ -17,6 +17,7 @@ import contextlib
 import copy
 import datetime
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -24,6 +25,7 @@ import json
 import logging
 import os
 import platform
+import subprocess
 import threading
 import time
 import traceback
@@ -75,7 +77,8 @@ def resolve(config, name):
     if "like" not in arm:
         return {"tuned_by": name, **arm}
     base = resolve(config, arm["like"])
-    return {**base, **arm, "trainer": {**base.get("trainer", {}), **arm.get("trainer", {})}}
+    owner = name if "tune" in arm else base["tuned_by"]
+    return {**base, **arm, "tuned_by": owner, "trainer": {**base.get("trainer", {}), **arm.get("trainer", {})}}
 
 
 def resolve_preset(config, name):
@@ -220,7 +223,8 @@ class Bench:
 
     def __init__(self, config, name, *, results, work, data, device="cpu"):
         self.config, self.name, self.preset = config, name, resolve_preset(config, name)
-        self.results, self.work, self.data, self.device = Path(results) / name, Path(work) / name, data, device
+        self.results, self.data, self.device = Path(results) / name, data, device
+        self.work = Path(work) / f"{name}-{self.fingerprint({})}"  # what another preset has begun is not gone on with
         self.total = self.preset["first_stage_epochs"] + self.preset["epochs"]
 
     def first_stage(self, seed, base="pgd_at"):
@@ -250,8 +254,10 @@ class Bench:
             _write(done, lambda path: save_file(model.state_dict(), path))
         return done
 
-    def second_stage(self, arm, seed, *, key, **tuned):
+    def second_stage(self, name, seed, **tuned):
         """Go on from the first stage as an arm says; gives the trainer, and the weights of the best epoch."""
+        arm = resolve(self.config, name)
+        folder = self.work / f"{name}-{self.fingerprint({**_setting_of(arm), **tuned})}-seed{seed}"
         train, validation, _ = load_data(self.preset, seed, self.data)
         model = make_model(self.preset, seed)
         model.load_state_dict(load_file(self.first_stage(seed, arm.get("base", "pgd_at"))))
@@ -273,7 +279,6 @@ class Bench:
         )
         if not epochs:
             return trainer, model.state_dict()
-        folder = self.work / key
         self._fit(trainer, train, validation, epochs, first=self.preset["first_stage_epochs"], folder=folder)
         best = {k: v for k, v in load_file(folder / "best.safetensors").items() if k in model.state_dict()}
         return trainer, best
@@ -303,13 +308,15 @@ class Bench:
     def tune(self, name, values, seed):
         """Make one tuning run: robust accuracy on the validation images, of the last epoch."""
         arm = resolve(self.config, name)
-        path = self.tuning_file(name, values, seed)
-        trainer, _ = self.second_stage(arm, seed, key=f"tuning/{path.stem}", **values)
-        _, validation, _ = load_data(self.preset, seed, self.data)
-        report = self._evaluate(trainer.classifier.model, *validation, autoattack=None, seed=seed)
-        result = {"arm": name, "values": values, "seed": seed, "clean": report.clean_accuracy}
-        result |= {"pgd20": report.pgd_accuracy, **_trained(trainer), **self._setting(arm)}
-        _write_json(path, result)
+        result = {"arm": name, "values": values, "seed": seed, **self._setting(arm)}
+        try:
+            trainer, _ = self.second_stage(name, seed, **values)
+            _, validation, _ = load_data(self.preset, seed, self.data)
+            report = self._evaluate(trainer.classifier.model, *validation, autoattack=None, seed=seed)
+            result |= {"clean": report.clean_accuracy, "pgd20": report.pgd_accuracy, **_trained(trainer)}
+        except FloatingPointError as error:  # these values are not to be chosen
+            result |= {"pgd20": None, "error": str(error)}
+        _write_json(self.tuning_file(name, values, seed), result)
 
     def tuned(self, name):
         """Give what tuning chose for an arm; `None` while a run is missing."""
@@ -324,20 +331,20 @@ class Bench:
         return dict(max(found, key=lambda values: np.mean(found[values])))
 
     def tuning_scores(self, owner, values):
-        """Give the validation PGD-20 accuracy of every tuning seed; `None` for one that is missing."""
+        """Give the validation PGD-20 accuracy of every tuning seed: −∞ if it diverged, `None` for a missing one."""
         files = [self.tuning_file(owner, values, seed) for seed in self.preset["tuning_seeds"]]
-        return [json.loads(file.read_text())["pgd20"] if file.exists() else None for file in files]
+        found = [self.read(file, resolve(self.config, owner)) for file in files]
+        return [result and (-np.inf if "error" in result else result["pgd20"]) for result in found]
 
     def run(self, name, seed):
         """Make one run of an arm, evaluate its last and its best epoch, and write the result."""
         path, arm, tuned = self.run_file(name, seed), resolve(self.config, name), self.tuned(name)
         result = {"arm": name, "title": arm["title"], "seed": seed, "tuned": tuned, **self._setting(arm)}
         try:
-            trainer, best = self.second_stage(arm, seed, key=f"{name}-seed{seed}", **tuned)
+            trainer, best = self.second_stage(name, seed, **tuned)
             train, _, test = load_data(self.preset, seed, self.data)
             history, model = trainer.history, trainer.classifier.model
-            last = {key: value.clone() for key, value in model.state_dict().items()}
-            same = all(torch.equal(value, best[key]) for key, value in last.items())
+            same = all(torch.equal(value.cpu(), best[key].cpu()) for key, value in model.state_dict().items())
             result["results"] = {"last": self._measure(model, train, test, seed)}
             if not same:
                 model.load_state_dict(best)
@@ -348,7 +355,8 @@ class Bench:
                 "status": "done",
                 "best_epoch": history.best_epoch,
                 **_trained(trainer),
-                "seconds_per_epoch": float(np.mean([record.seconds for record in history.epochs] or [0])),
+                "seconds_per_epoch": sum(record.seconds for record in [*history.epochs, *history.selections])
+                / max(1, len(history.epochs)),
                 "history": json.loads(history.to_json()),
             }
         except Exception as error:  # recorded, and shown in every table it belongs to
@@ -410,7 +418,8 @@ class Bench:
     def _setting(self, arm):
         return {
             "preset": self.preset,
-            "setting": self.fingerprint(arm),
+            "setting": self.fingerprint(_setting_of(arm)),
+            "commit": _commit(),
             "date": datetime.date.today().isoformat(),
             "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} thread(s) a run"
             + (f", {torch.cuda.get_device_name()}" if self.device != "cpu" else ""),
@@ -421,18 +430,23 @@ class Bench:
         }
 
     def fingerprint(self, arm):
-        """Give a text that changes with what a result depends on."""
-        what = {"preset": {k: v for k, v in self.preset.items() if k != "seeds"}, "arm": arm}
+        """Give a text that changes with the preset, and with what an arm says."""
+        what = {"preset": {k: v for k, v in self.preset.items() if k not in ("seeds", "tuning_seeds")}, "arm": arm}
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
     def is_done(self, path, name, *, retry=False):
         """Tell whether a result is there; one of another configuration is refused."""
+        result = self.read(path, resolve(self.config, name))
+        return result is not None and (result.get("status") != "failed" or not retry)
+
+    def read(self, path, arm):
+        """Read a result, `None` if it is not there; one of another configuration is refused."""
         if not path.exists():
-            return False
+            return None
         result = json.loads(path.read_text())
-        if result["setting"] != self.fingerprint(resolve(self.config, name)):
+        if result["setting"] != self.fingerprint(_setting_of(arm)):
             raise SystemExit(f"{path} was made with another configuration: move it away, or restore paper_tables.toml.")
-        return result.get("status") != "failed" or not retry
+        return result
 
 
 def run_all(bench, arms, seeds, *, retry=False):
@@ -482,6 +496,21 @@ def run_all(bench, arms, seeds, *, retry=False):
             return
         if not worked:
             time.sleep(5)
+
+
+def _setting_of(arm):
+    """Give what an arm's runs depend on, apart from the values that tuning chose."""
+    return {key: value for key, value in arm.items() if key not in ("title", "against", "tune", "tuned_by", "like")}
+
+
+@functools.cache
+def _commit():
+    """Name the commit of the code, with a plus if it has been changed since; `None` if there is none."""
+    try:
+        git = ["git", "-C", str(HERE), "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
+        return subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _trained(trainer):
@@ -536,50 +565,51 @@ def interval(values):
 
 
 def paired(values, reference):
-    """Give mean difference, half the width of its 95 % interval and the p-value of the paired t-test."""
+    """Give mean difference, half the width of its 95 % interval and the p-value of the paired t-test; NaN for none."""
     from scipy import stats
 
     difference = np.asarray(values, dtype=float) - np.asarray(reference, dtype=float)
     mean, half = interval(difference)
-    if len(difference) < 2:
-        return mean, half, float("nan")
-    if np.ptp(difference) < 1e-12:  # the same but for rounding
-        return mean, half, 1.0 if abs(mean) < 1e-12 else 0.0
+    if len(difference) < 2 or np.ptp(difference) < 1e-12:  # no spread to judge by, but for rounding
+        return mean, float("nan"), float("nan")
     return mean, half, float(stats.ttest_rel(values, reference).pvalue)
 
 
-def collect(results, arms, seeds):
-    """Read the results: by arm and seed; `None` where there is none yet."""
-    found = {}
-    for arm in arms:
-        for seed in seeds:
-            path = Path(results) / "runs" / f"{arm}-seed{seed}.json"
-            found[arm, seed] = json.loads(path.read_text()) if path.exists() else None
+def collect(bench, arms, seeds):
+    """Read the results: by arm, those that are there by seed."""
+    found = {arm: {} for arm in arms}
+    for arm, seed in itertools.product(arms, seeds):
+        if result := bench.read(bench.run_file(arm, seed), resolve(bench.config, arm)):
+            found[arm][seed] = result
     return found
 
 
+def done(runs):
+    """Give those of an arm's runs that have not failed."""
+    return {seed: run for seed, run in runs.items() if run["status"] == "done"}
+
+
+def references(config, table):
+    """Give the arms that a table's arms are compared with: by arm, its own ones or else the table's."""
+    return {
+        arm: [other for other in resolve(config, arm).get("against", table.get("against", [])) if other != arm]
+        for arm in table["arms"]
+    }
+
+
 def table(config, name, found, seeds):
-    """Write one table in Markdown: mean and 95 % interval over the seeds, paired differences to the references."""
-    arms = config["tables"][name]["arms"]
-    references = {arm: resolve(config, arm).get("against", "pgd_at") for arm in arms}
-    compared = set(references.values())
-    against_what = config["arms"][min(compared)]["title"] if len(compared) == 1 else "the same, continued"
+    """Write one table in Markdown: mean and 95 % interval over the seeds."""
     lines = [
-        "| arm | seeds | clean | PGD-20 | AutoAttack | best epoch: AutoAttack | train PGD-20 | AutoAttack against "
-        f"{against_what} | p | the same, best epochs | clean against it | trained | s an epoch |",
-        "|" + " --- |" * 13,
+        "| arm | seeds | clean | PGD-20 | AutoAttack | best epoch: AutoAttack | PGD-20 on AutoAttack's images | "
+        "train PGD-20 | trained | s an epoch |",
+        "|" + " --- |" * 10,
     ]
-
-    def done(arm):
-        return {seed: found[arm, seed] for seed in seeds if (found.get((arm, seed)) or {}).get("status") == "done"}
-
-    for arm in arms:
-        runs, baseline = done(arm), done(references[arm])
-        failed = sum((found.get((arm, seed)) or {}).get("status") == "failed" for seed in seeds)
+    for arm in config["tables"][name]["arms"]:
+        runs, failed = done(found[arm]), len(found[arm]) - len(done(found[arm]))
         title = config["arms"][arm]["title"]
         count = f"{len(runs)} of {len(seeds)}" + (f", **{failed} failed**" if failed else "")
         if not runs:
-            lines.append(f"| {title} | {count} |" + " |" * 11)
+            lines.append(f"| {title} | {count} |" + " |" * 8)
             continue
         cells = [
             _percent(interval([run["results"][when][what] for run in runs.values()]))
@@ -588,27 +618,51 @@ def table(config, name, found, seeds):
                 ("last", "pgd20"),
                 ("last", "autoattack"),
                 ("best", "autoattack"),
+                ("last", "pgd20_on_autoattack_images"),
                 ("last", "train_pgd20"),
             )
         ]
-        against, p, best, clean = "", "", "", ""
-        if arm != references[arm] and runs.keys() & baseline.keys():
-            *difference, p_value = _difference(runs, baseline, "last", "autoattack")
-            against, p = _percent(difference, signed=True), "" if np.isnan(p_value) else f"{p_value:.3f}"
-            best = _percent(_difference(runs, baseline, "best", "autoattack")[:2], signed=True)
-            clean = _percent(_difference(runs, baseline, "last", "clean")[:2], signed=True)
         share = np.mean([run["trainable_share"] for run in runs.values()])
         seconds = np.median([run["seconds_per_epoch"] for run in runs.values()])
-        lines.append(
-            f"| {title} | {count} | {' | '.join(cells)} | {against} | {p} | {best} | {clean} "
-            f"| {100 * share:.3g} % | {seconds:.1f} |"
-        )
+        lines.append(f"| {title} | {count} | {' | '.join(cells)} | {100 * share:.3g} % | {seconds:.1f} |")
     return "\n".join(lines)
 
 
-def _difference(runs, baseline, when, what):
-    common = [seed for seed in runs if seed in baseline]
-    return paired(*([group[seed]["results"][when][what] for seed in common] for group in (runs, baseline)))
+def differences(config, name, found):
+    """Write in Markdown how a table's arms differ, seed by seed, from those they are compared with."""
+    compared = references(config, config["tables"][name])
+    lines = [
+        "| arm | against | AutoAttack | p | best epochs: AutoAttack | p | clean |",
+        "|" + " --- |" * 7,
+    ]
+    for other in dict.fromkeys(other for others in compared.values() for other in others):
+        for arm in (arm for arm, others in compared.items() if other in others):
+            runs, baseline = done(found[arm]), done(found[other])
+            common = [seed for seed in runs if seed in baseline]
+            if not common:
+                continue
+            cells = []
+            for when, what in (("last", "autoattack"), ("best", "autoattack"), ("last", "clean")):
+                pair = ([group[seed]["results"][when][what] for seed in common] for group in (runs, baseline))
+                *difference, p = paired(*pair)
+                cells.append(_percent(difference, signed=True))
+                if what == "autoattack":
+                    cells.append("" if np.isnan(p) else f"{p:.3f}")
+            titles = (config["arms"][one]["title"] for one in (arm, other))
+            lines.append(f"| {' | '.join(titles)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def second_terms(config, found):
+    """Write in Markdown how the second term of the loss moved: mean over the seeds, before its weight."""
+    lines = ["| arm | first epoch | last epoch |", "| --- | --- | --- |"]
+    for arm, runs in found.items():
+        histories = [run["history"]["epochs"] for run in done(runs).values()]
+        terms = [[epochs[at]["criticality_loss"] for at in (0, -1)] for epochs in histories if epochs]
+        if terms and np.max(terms) > 0:
+            first, last = np.mean(terms, axis=0)
+            lines.append(f"| {config['arms'][arm]['title']} | {first:.3g} | {last:.3g} |")
+    return "\n".join(lines)
 
 
 def stability_table(measurements):
@@ -651,20 +705,21 @@ def chosen_values(bench, arms):
         arm = bench.config["arms"][owner]
         tried = [f"{key} {', '.join(f'{value:g}' for value in options)}" for key, options in arm["tune"].items()]
         lines.append(
-            f"| {arm['title']} | {'; '.join(tried)} | {100 * min(scores):.1f} to {100 * max(scores):.1f} | "
+            f"| {arm['title']} | {'; '.join(tried)} | "
+            f"{'diverged' if np.isinf(min(scores)) else f'{100 * min(scores):.1f}'} to {100 * max(scores):.1f} | "
             f"{', '.join(f'{key} {value:g}' for key, value in tuned.items())} |"
         )
     return "\n".join(lines)
 
 
-def plot_best_against_last(config, arms, found, seeds, path):
+def plot_best_against_last(config, arms, found, path):
     """Draw AutoAttack accuracy of the best and the last epoch of every arm, one dot a seed."""
     from art_clat.plots import new_axes, save
 
-    arms = [arm for arm in arms if any((found[arm, seed] or {}).get("status") == "done" for seed in seeds)]
+    arms = [arm for arm in arms if done(found[arm])]
     ax = new_axes(width=7.5, height=0.42 * len(arms) + 1.4)
     for row, arm in enumerate(arms):
-        runs = [found[arm, seed] for seed in seeds if (found[arm, seed] or {}).get("status") == "done"]
+        runs = done(found[arm]).values()
         for when, offset, colour in (("last", -0.13, "C3"), ("best", 0.13, "C0")):
             values = [100 * run["results"][when]["autoattack"] for run in runs]
             ax.plot(values, [row + offset] * len(values), "o", color=colour, alpha=0.45, markersize=4)
@@ -678,13 +733,17 @@ def plot_best_against_last(config, arms, found, seeds, path):
     save(ax, path)
 
 
+def _versions(run):
+    versions = {**run["versions"], "art_clat": f"{run['versions']['art_clat']} at {run['commit']}"}
+    return ", ".join(f"{key} {value}" for key, value in versions.items())
+
+
 def aggregate(bench):
     """Write results.md and the plots of a preset."""
     config, seeds = bench.config, bench.preset["seeds"]
     arms = list(dict.fromkeys(arm for content in config["tables"].values() for arm in content["arms"]))
-    arms += [reference for arm in arms if (reference := resolve(config, arm).get("against", "pgd_at")) not in arms]
-    found = collect(bench.results, arms, seeds)
-    runs = [run for run in found.values() if run]
+    found = collect(bench, arms, seeds)
+    runs = [run for of_arm in found.values() for run in of_arm.values()]
     if not runs:
         raise SystemExit(f"There is no result in {bench.results}: `run` makes them.")
     dates = sorted({run["date"] for run in runs})
@@ -694,35 +753,50 @@ def aggregate(bench):
         "interval (Student's t) over seeds. Every seed draws its own "
         f"{bench.preset['train_images']} training, {bench.preset['validation_images']} validation and "
         f"{bench.preset['test_images']} test images; AutoAttack (standard) runs on the first "
-        f"{bench.preset['autoattack_images']} of the latter, PGD-20 on all. Differences are paired by seed; p is the "
-        "paired t-test's, not corrected for the number of arms; best epochs are compared with best epochs. *trained* "
-        "is the mean share of the parameters over the selections. The best epoch is that of the highest robust "
-        "accuracy on validation images.",
+        f"{bench.preset['autoattack_images']} of the latter, PGD-20 on all. The best epoch is that of the highest "
+        "robust accuracy on validation images. *trained* is the mean share of the parameters over the selections. The "
+        "seconds an epoch have the selections in them, and whatever else the machine did.",
+        "Differences are paired by seed; p is the paired t-test's, not corrected for the number of comparisons, best "
+        "epochs are compared with best epochs.",
         f"`python evaluation/paper_tables.py run --preset {bench.name} --data DIR` and `… aggregate --preset "
         f"{bench.name}`, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, "
         f"{'; '.join(sorted({run['machine'] for run in runs}))}.",
-        f"Versions: {', '.join(f'{key} {value}' for key, value in runs[-1]['versions'].items())}.",
+        *("Versions: " + text + "." for text in dict.fromkeys(_versions(run) for run in runs)),
     ]
     begun, shown = {}, set()
     for name, content in config["tables"].items():  # one that repeats arms of those before it has not begun
-        if any(found[arm, seed] for arm in set(content["arms"]) - shown for seed in seeds):
+        if any(found[arm] for arm in set(content["arms"]) - shown):
             begun[name] = content
             shown |= set(content["arms"])
     for name, content in begun.items():
-        text += [f"## {name}. {content['title']}", table(config, name, found, seeds)]
+        text += [f"## {name}. {content['title']}", table(config, name, found, seeds), differences(config, name, found)]
     if missing := [name for name in config["tables"] if name not in begun]:
         text += [f"Not run yet: table {', '.join(missing)}."]
-    measurements = [bench.stability_file(seed) for seed in seeds if bench.stability_file(seed).exists()]
-    if measurements:
-        measurements = [json.loads(file.read_text()) for file in measurements]
+    measurements = [bench.read(bench.stability_file(seed), {}) for seed in seeds]
+    if measurements := [entry for entry in measurements if entry]:
         text += ["## E. Stability of the index", stability_table(measurements)]
-    text += ["## What tuning chose", chosen_values(bench, arms)]
+    text += ["## The second term of the loss", "Before its weight.", second_terms(config, found)]
+    images = bench.preset["validation_images"] * len(bench.preset["tuning_seeds"])
+    text += [
+        "## What tuning chose",
+        f"By the last epoch's PGD-20 accuracy on {images} validation images; the first of equals. At 20 % its standard "
+        f"error is {100 * np.sqrt(0.2 * 0.8 / images):.1f} points: values that differ by less were as good as drawn.",
+        chosen_values(bench, arms),
+    ]
+    warnings = [
+        f"- {run['arm']}, seed {run['seed']}, {when} epoch: {message}"
+        for run in runs
+        if run["status"] == "done"
+        for when, result in run["results"].items()
+        for message in result["warnings"]
+    ]
+    text += ["## What AutoAttack warned of", "\n".join(warnings) or "Nothing."]
     failed = [f"- {run['arm']}, seed {run['seed']}: {run['error']}" for run in runs if run["status"] == "failed"]
     if failed:
         text += ["## Failed", "\n".join(failed)]
     for name, content in begun.items():
         file = f"best-against-last-{name}.png"
-        plot_best_against_last(config, content["arms"], found, seeds, bench.results / file)
+        plot_best_against_last(config, content["arms"], found, bench.results / file)
         text += [f"![Best against last epoch, table {name}]({file})"]
     _write(bench.results / "results.md", lambda path: path.write_text("\n\n".join(text) + "\n", encoding="utf-8"))
     print("\n\n".join(text))
@@ -759,8 +833,11 @@ def main():
         return
     if args.command == "stability":
         for seed in args.seeds or bench.preset["seeds"]:
-            if not bench.stability_file(seed).exists():
-                bench.measure(seed)
+            with _taken(bench.work / f"first-pgd_at-seed{seed}.lock") as mine:
+                if not mine:
+                    log.warning("The first stage of seed %d is being trained; run this again afterwards.", seed)
+                elif not bench.read(bench.stability_file(seed), {}):
+                    bench.measure(seed)
         return
     unknown = [name for name in args.tables or () if name not in config["tables"]]
     unknown += [name for name in args.arms or () if name not in config["arms"]]

@@ -26,7 +26,10 @@ ARMS = ["pgd_at", "clat_random", "pgd_at_ema"]
 def make_bench(folder, **preset):
     config = {**CONFIG, "presets": {"smoke": {**CONFIG["presets"]["smoke"], **preset}}, "arms": dict(CONFIG["arms"])}
     config["arms"]["clat"] = {**config["arms"]["clat"], "tune": {"lr": [1.0], "criticality_weight": [0.02, 0.1]}}
-    config["tables"] = {"A": {"title": "Controls", "arms": [*ARMS, "clat"]}}
+    config["arms"]["clat_random"] = {
+        "title": "CLAT objective on random layers", "like": "clat", "trainer": {"selection": "random"}
+    }  # fmt: skip
+    config["tables"] = {"A": {"title": "Controls", "arms": [*ARMS, "clat"], "against": ["pgd_at"]}}
     return paper_tables.Bench(config, "smoke", results=folder / "results", work=folder / "work", data=None)
 
 
@@ -67,11 +70,12 @@ class TestConfiguration:
             assert arm["title"] and arm["tuned_by"] in CONFIG["arms"]
             assert arm.get("trainer", {}).get("selection", "criticality") in selection_rules()
             assert arm.get("trainer", {}).get("objective", "adversarial") in objectives()
-            control = CONFIG["arms"][arm.get("against", "pgd_at")]
-            assert control.get("base", "pgd_at") == arm.get("base", "pgd_at")  # pairs begin at the same weights
             assert arm.get("base", "pgd_at") in {*FIRST_STAGES, *paper_tables.ART_TRAINERS}
         for table in CONFIG["tables"].values():
-            assert all(arm in CONFIG["arms"] for arm in table["arms"])
+            for name, others in paper_tables.references(CONFIG, table).items():
+                bases = {paper_tables.resolve(CONFIG, one).get("base", "pgd_at") for one in (name, *others)}
+                assert len(bases) == 1  # pairs begin at the same weights
+                assert others or name in {"d_trades", "d_mart", "d_awp", "d_fbf", "rule_random", "clat_parameters"}
 
     def test_presets_like_another(self):
         gpu, full = (paper_tables.resolve_preset(CONFIG, name) for name in ("gpu", "full"))
@@ -89,6 +93,12 @@ class TestConfiguration:
         }
         arm = paper_tables.resolve(config, "b")
         assert arm["trainer"] == {"objective": "clean", "budget": 0.2}
+        assert (
+            paper_tables.resolve({"arms": {**config["arms"], "b": {**config["arms"]["b"], "tune": {"lr": [2]}}}}, "b")[
+                "tuned_by"
+            ]
+            == "b"
+        )  # its own tuning
         assert arm["tuned_by"] == "a" and arm["title"] == "B" and arm["reselect_every"] == 3
         assert "like" in config["arms"]["b"] and config["arms"]["a"]["trainer"]["budget"] == 0.1
 
@@ -118,8 +128,11 @@ class TestStatistics:
     def test_one_seed_has_no_interval(self):
         assert np.isnan(paper_tables.interval([0.3])[1]) and np.isnan(paper_tables.paired([0.3], [0.2])[2])
 
-    def test_no_difference_at_all(self):
-        assert paper_tables.paired([0.2, 0.3], [0.2, 0.3]) == (0.0, 0.0, 1.0)
+    @pytest.mark.parametrize("by", [0.0, 11 / 400])
+    def test_the_same_difference_every_time_proves_nothing(self, by):
+        one = np.array([47, 33, 45]) / 400
+        mean, half, p = paper_tables.paired(one + by, one)
+        assert mean == pytest.approx(by) and np.isnan(half) and np.isnan(p)
 
 
 class TestRuns:
@@ -161,8 +174,29 @@ class TestRuns:
 
     def test_another_configuration_is_refused(self, done):
         bench = make_bench(done.results.parents[1], lr=0.06)
-        with pytest.raises(SystemExit, match="another configuration"):
-            paper_tables.run_all(bench, ARMS, [0, 1])
+        for action in (lambda: paper_tables.run_all(bench, ARMS, [0, 1]), lambda: paper_tables.aggregate(bench)):
+            with pytest.raises(SystemExit, match="another configuration"):
+                action()
+
+    def test_nothing_is_gone_on_with_that_another_configuration_began(self, done):
+        assert make_bench(done.results.parents[1]).work == done.work
+        assert make_bench(done.results.parents[1], batch_size=16).work != done.work
+        one, other = ({**done.config["arms"]["pgd_at"], "reselect_every": n} for n in (1, 2))
+        assert done.fingerprint(one) != done.fingerprint(other)
+
+    def test_values_that_diverge_are_not_chosen_and_stop_nothing(self, tmp_path):
+        bench = make_bench(tmp_path)
+        second_stage = bench.second_stage
+
+        def diverge(name, seed, **values):
+            if values.get("criticality_weight") == 0.02:
+                raise FloatingPointError("lost")
+            return second_stage(name, seed, **values)
+
+        bench.second_stage = diverge
+        paper_tables.run_all(bench, ["clat"], [0])
+        assert bench.tuned("clat")["criticality_weight"] == 0.1
+        assert "| diverged to" in paper_tables.chosen_values(bench, ["clat"])
 
     def test_killed_and_run_again_gives_the_same(self, done, tmp_path):
         config = tmp_path / "config.toml"
@@ -170,9 +204,9 @@ class TestRuns:
         command = [sys.executable, str(SCRIPT), "run", "--preset", "smoke", "--seeds", "0", "--arms", "pgd_at"]
         command += ["--results", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
         killed = []
-        for file in ("first/pgd_at-seed0/last.safetensors", "pgd_at-seed0/last.safetensors"):
+        for file in ("first/pgd_at-seed0/last.safetensors", "pgd_at-*-seed0/last.safetensors"):
             process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-            while process.poll() is None and not (tmp_path / "work" / "smoke" / file).exists():
+            while process.poll() is None and not list((tmp_path / "work").glob(f"smoke-*/{file}")):
                 time.sleep(0.002)
             process.send_signal(signal.SIGKILL)
             killed.append(process.wait())
@@ -197,6 +231,7 @@ class TestRuns:
         text = (bench.results / "results.md").read_text()
         assert "| PGD-AT continued | 1 of 2, **1 failed** |" in text
         assert "- pgd_at, seed 1: FloatingPointError: lost" in text
+        assert paper_tables.done(paper_tables.collect(bench, ["pgd_at"], [0, 1])["pgd_at"]).keys() == {0}
         bench.second_stage = second_stage
         paper_tables.run_all(bench, ["pgd_at"], [0, 1])
         assert read(bench, "pgd_at", 1)["status"] == "failed"
@@ -204,39 +239,45 @@ class TestRuns:
         assert without_circumstances(read(bench, "pgd_at", 1)) == without_circumstances(read(done, "pgd_at", 1))
 
 
-def test_table_is_what_the_runs_say(done):
-    found = paper_tables.collect(done.results, [*ARMS, "clat"], [0, 1])
-    text = paper_tables.table(done.config, "A", found, [0, 1])
-    rows = {
-        cells[1].strip(): [cell.strip() for cell in cells[2:]] for cells in (r.split("|") for r in text.split("\n"))
-    }
-    row = rows["CLAT objective on random layers"]
-    runs, reference = ([read(done, arm, seed) for seed in (0, 1)] for arm in ("clat_random", "pgd_at"))
-    clean = [100 * run["results"]["last"]["clean"] for run in runs]
-    assert row[0] == "2 of 2" and row[1].startswith(f"{np.mean(clean):.1f} ± ")
-    against = [
-        100 * (a["results"]["last"]["autoattack"] - b["results"]["last"]["autoattack"])
-        for a, b in zip(runs, reference, strict=True)
-    ]
-    assert row[6].startswith(f"{np.mean(against):+.1f}")
-    best = [
-        100 * (a["results"]["best"]["autoattack"] - b["results"]["best"]["autoattack"])
-        for a, b in zip(runs, reference, strict=True)
-    ]
-    assert row[8].startswith(f"{np.mean(best):+.1f}")
-    assert rows["PGD-AT continued"][6] == "" and rows["CLAT, adversarial reading"][0] == "0 of 2"
-    assert "AutoAttack against PGD-AT continued" in text
+def rows_of(text):
+    return [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.split("\n")]
 
-    done.config["arms"]["pgd_at_ema"] = {**done.config["arms"]["pgd_at_ema"], "against": "clat_random"}
-    text = paper_tables.table(done.config, "A", found, [0, 1])
-    ema = [read(done, "pgd_at_ema", seed) for seed in (0, 1)]
-    against = [
-        100 * (a["results"]["last"]["autoattack"] - b["results"]["last"]["autoattack"])
-        for a, b in zip(ema, runs, strict=True)
-    ]
-    assert f"| {np.mean(against):+.1f}" in next(
-        r for r in text.split("\n") if r.startswith("| PGD-AT, weights averaged")
-    )
+
+def test_table_is_what_the_runs_say(done):
+    found = paper_tables.collect(done, [*ARMS, "clat"], [0, 1])
+    rows = {row[0]: row[1:] for row in rows_of(paper_tables.table(done.config, "A", found, [0, 1]))}
+    row, runs = rows["CLAT objective on random layers"], [read(done, "clat_random", seed) for seed in (0, 1)]
+    assert row[0] == "2 of 2" and rows["CLAT, adversarial reading"][0] == "0 of 2"
+    whats = [("last", "clean"), ("last", "pgd20"), ("last", "autoattack"), ("best", "autoattack")]
+    whats += [("last", "pgd20_on_autoattack_images"), ("last", "train_pgd20")]
+    for cell, (when, what) in zip(row[1:], whats, strict=False):
+        assert cell.startswith(f"{np.mean([100 * run['results'][when][what] for run in runs]):.1f}")
+    share = np.mean([100 * run["trainable_share"] for run in runs])
+    assert row[7] == f"{share:.3g} %" and rows["PGD-AT continued"][7] == "100 %"
+
+
+def test_differences_are_those_of_the_runs(done):
+    found = paper_tables.collect(done, [*ARMS, "clat"], [0, 1])
+    config = {**done.config, "arms": {**done.config["arms"]}}
+    config["arms"]["pgd_at_ema"] = {**config["arms"]["pgd_at_ema"], "against": ["pgd_at", "clat_random"]}
+    _, _, *rows = rows_of(paper_tables.differences(config, "A", found))
+    titles = {name: config["arms"][name]["title"] for name in ARMS}
+    pairs = [("clat_random", "pgd_at"), ("pgd_at_ema", "pgd_at"), ("pgd_at_ema", "clat_random")]
+    assert [row[:2] for row in rows] == [[titles[one], titles[other]] for one, other in pairs]
+    for row, (one, other) in zip(rows, pairs, strict=True):
+        for at, when, what in ((2, "last", "autoattack"), (4, "best", "autoattack"), (6, "last", "clean")):
+            pair = ([100 * read(done, name, seed)["results"][when][what] for seed in (0, 1)] for name in (one, other))
+            difference = np.subtract(*pair)
+            assert row[at].startswith(f"{difference.mean():+.1f}")
+            if at < 6 and np.ptp(difference) > 1e-9:
+                assert row[at + 1] == f"{stats.ttest_1samp(difference, 0).pvalue:.3f}"
+
+
+def test_second_term_is_that_of_the_histories(done):
+    found = paper_tables.collect(done, ARMS, [0, 1])
+    _, _, row = rows_of(paper_tables.second_terms(done.config, found))  # the others have none
+    losses = [[e["criticality_loss"] for e in read(done, "clat_random", s)["history"]["epochs"]] for s in (0, 1)]
+    assert row == ["CLAT objective on random layers", *(f"{np.mean(losses, axis=0)[at]:.3g}" for at in (0, -1))]
 
 
 def test_stability(done):
