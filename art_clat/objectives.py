@@ -222,7 +222,8 @@ class MART(Objective):
 
         −log p_y(x') − log(1 − max_{k≠y} p_k(x')) + λ · KL(p(x) ‖ p(x')) · (1 − p_y(x)).
 
-    The classifier's own loss is not used; labels that are probabilities count as their largest.
+    The classifier's own loss is not used; labels that are probabilities count as their largest. x' is what the
+    trainer's attack gives; its authors' code begins PGD at Gaussian noise of 0.001 instead.
 
     :param network: The network.
     :param layers: The layers that are trained, or `None` for the whole network.

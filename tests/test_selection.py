@@ -158,6 +158,14 @@ class TestRules:
         x_adv, y = torch.cat([batch[1] for batch in batches]), torch.cat([batch[2] for batch in batches])
         return nn.functional.cross_entropy(chain.features(x_adv)["head"], y)
 
+    def test_module_robustness_is_of_the_worst_point_on_the_way(self, candidates, monkeypatch):
+        losses = np.random.default_rng(0).uniform(0.5, 2, (len(candidates.layers), selection.MODULE_STEPS))
+        losses[0] = 0.5  # a layer that only the loss falls with
+        turns = iter([1.0, *losses.flatten()])
+        monkeypatch.setattr(selection.Candidates, "adversarial_loss", lambda _: next(turns))
+        rises = as_rule("module_robustness_highest")(candidates)
+        assert rises == pytest.approx(np.maximum(losses.max(axis=1), 1.0) - 1.0) and rises[0] == 0
+
     def test_module_robustness_stays_in_the_ball_and_puts_the_weights_back(self, candidates, chain, monkeypatch):
         before = {name: tensor.clone() for name, tensor in chain.state_dict().items()}
         lengths = []
@@ -170,7 +178,7 @@ class TestRules:
 
         monkeypatch.setattr(Candidates, "adversarial_loss", spying)
         as_rule("module_robustness_highest")(candidates)
-        assert len(lengths) == 1 + len(candidates.layers) and lengths[0] == 0
+        assert len(lengths) == 1 + selection.MODULE_STEPS * len(candidates.layers) and lengths[0] == 0
         assert all(0.5 * selection.MODULE_RADIUS < length < 1.0001 * selection.MODULE_RADIUS for length in lengths[1:])
         assert all(torch.equal(tensor, before[name]) for name, tensor in chain.state_dict().items())
 
@@ -229,6 +237,13 @@ class TestRules:
     def test_useless_scores_are_refused(self, candidates, scores):
         with pytest.raises(ValueError, match=r"gave 1 scores for 4 layers|No layer has a finite score"):
             choose(lambda _: scores, candidates, Budget(count=1))
+
+    def test_no_scored_layer_within_the_budget(self, candidates):
+        sizes = [layer.nb_parameters for layer in candidates.layers]
+        scores = [-math.inf if size == min(sizes) else 1.0 for size in sizes]
+        share = min(sizes) / sum(sizes)
+        with pytest.raises(ValueError, match="`budget`: no layer that the rule scores fits into"):
+            choose(lambda _: scores, candidates, Budget(parameter_share=share * 1.001))
 
     def test_bad_input(self):
         with pytest.raises(ValueError, match=r"`selection` must be one of 'criticality', .* got 'worst'"):
