@@ -653,15 +653,28 @@ def differences(config, name, found):
     return "\n".join(lines)
 
 
-def second_terms(config, found):
-    """Write in Markdown how the second term of the loss moved: mean over the seeds, before its weight."""
-    lines = ["| arm | first epoch | last epoch |", "| --- | --- | --- |"]
+def second_stages(config, found):
+    """Write in Markdown, for every arm that chooses layers, what validation saw and what became of term and index."""
+    lines = [
+        "| arm | validation PGD | second term: first epoch | last epoch | index of the layers chosen first: then | "
+        "at the last selection |",
+        "|" + " --- |" * 6,
+    ]
     for arm, runs in found.items():
-        histories = [run["history"]["epochs"] for run in done(runs).values()]
-        terms = [[epochs[at]["criticality_loss"] for at in (0, -1)] for epochs in histories if epochs]
-        if terms and np.max(terms) > 0:
-            first, last = np.mean(terms, axis=0)
-            lines.append(f"| {config['arms'][arm]['title']} | {first:.3g} | {last:.3g} |")
+        histories = [run["history"] for run in done(runs).values() if run["history"]["epochs"]]
+        if not histories:
+            continue
+        cells = [f"{100 * np.mean([history['epochs'][-1]['robust_accuracy'] for history in histories]):.1f}"]
+        terms = np.mean([[h["epochs"][at]["criticality_loss"] for at in (0, -1)] for h in histories], axis=0)
+        cells += [f"{term:.3g}" for term in terms] if any(terms) else ["", ""]
+        indices = [
+            np.mean([layer["criticality"] for layer in selections[at]["measured"]["layers"] if layer["name"] in chosen])
+            for selections in (history["selections"] for history in histories)
+            if selections and (chosen := selections[0]["chosen"])
+            for at in (0, -1)
+        ]
+        cells += [f"{np.mean(indices[at::2]):.3g}" for at in (0, 1)] if indices else ["", ""]
+        lines.append(f"| {config['arms'][arm]['title']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -775,7 +788,13 @@ def aggregate(bench):
     measurements = [bench.read(bench.stability_file(seed), {}) for seed in seeds]
     if measurements := [entry for entry in measurements if entry]:
         text += ["## E. Stability of the index", stability_table(measurements)]
-    text += ["## The second term of the loss", "Before its weight.", second_terms(config, found)]
+    text += [
+        "## What the second stage did",
+        "Means over the seeds: PGD accuracy of the last epoch on validation images, as `fit` reports it; the second "
+        "term of the loss, before its weight; the criticality index of the layers chosen at the first selection, then "
+        "and at the last selection.",
+        second_stages(config, found),
+    ]
     images = bench.preset["validation_images"] * len(bench.preset["tuning_seeds"])
     text += [
         "## What tuning chose",

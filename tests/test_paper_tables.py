@@ -273,11 +273,26 @@ def test_differences_are_those_of_the_runs(done):
                 assert row[at + 1] == f"{stats.ttest_1samp(difference, 0).pvalue:.3f}"
 
 
-def test_second_term_is_that_of_the_histories(done):
+def test_what_the_second_stage_did_is_in_the_histories(done):
     found = paper_tables.collect(done, ARMS, [0, 1])
-    _, _, row = rows_of(paper_tables.second_terms(done.config, found))  # the others have none
-    losses = [[e["criticality_loss"] for e in read(done, "clat_random", s)["history"]["epochs"]] for s in (0, 1)]
-    assert row == ["CLAT objective on random layers", *(f"{np.mean(losses, axis=0)[at]:.3g}" for at in (0, -1))]
+    rows = {row[0]: row[1:] for row in rows_of(paper_tables.second_stages(done.config, found))}
+    assert rows["PGD-AT continued"][1:] == [""] * 4
+    histories = [read(done, "clat_random", seed)["history"] for seed in (0, 1)]
+    robust, *losses = (
+        np.mean([history["epochs"][at][what] for history in histories])
+        for at, what in ((-1, "robust_accuracy"), (0, "criticality_loss"), (-1, "criticality_loss"))
+    )
+    indices = [
+        np.mean(
+            [layer["criticality"] for h in histories for layer in h["selections"][at]["measured"]["layers"]
+             if layer["name"] == h["selections"][0]["chosen"][0]]
+        )
+        for at in (0, -1)
+    ]  # fmt: skip
+    assert all(len(history["selections"]) == 2 for history in histories)
+    assert rows["CLAT objective on random layers"] == [
+        f"{100 * robust:.1f}", *(f"{number:.3g}" for number in (*losses, *indices))
+    ]  # fmt: skip
 
 
 def test_stability(done):
