@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Normed
+from conftest import Code, Normed
 from evaluation_run import held_out, trained
 from PIL import Image
 from safetensors.torch import save_file
@@ -18,13 +18,6 @@ from art_clat.state_dicts import load_state_dict, read_state_dict
 
 CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
 TIMM = {"dataset": "cifar10", "norm": "Linf", "nb_classes": 5, "input_size": (3, 32, 32)}
-
-
-class Code:
-    """What a pickle with code in it does when it is opened."""
-
-    def __reduce__(self):
-        return Path.touch, (Path(self.path),)
 
 
 class TestWeights:

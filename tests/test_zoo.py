@@ -1,11 +1,13 @@
 """Definitions and weights that RobustBench's `load_model` loads."""
 
+import pickle
 import subprocess
 import sys
 
 import pytest
 import timm
 import torch
+from conftest import Code
 from torch import nn
 
 from art_clat import create_backbone
@@ -90,6 +92,19 @@ torch.save((loaded(x), other(x)), {str(tmp_path / "logits.pt")!r})
         loaded = robustbench_utils().load_model(ID, dataset="cifar10", threat_model="Linf")
         assert f"CHECKPOINT_URL = 'file://{weights}'" in text
         assert all(torch.equal(value, torch.load(weights)[key]) for key, value in loaded.state_dict().items())
+
+    def test_published_weights_with_code_are_not_executed(self, packed, tmp_path, monkeypatch):
+        _, definition, weights = packed
+        load_from_robustbench(definition, weights, **SETTING)  # registers it
+        code = Code()
+        code.path = str(tmp_path / "executed")
+        torch.save({"conv.weight": code}, tmp_path / "hostile.pt")
+        name = timm_name(**SETTING)
+        monkeypatch.setattr(sys.modules[name], "CHECKPOINT_URL", f"file://{tmp_path / 'hostile.pt'}")
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+        with pytest.raises(pickle.UnpicklingError):
+            timm.create_model(name, pretrained=True)
+        assert not (tmp_path / "executed").exists()
 
     @pytest.mark.parametrize(
         ("make", "arguments"),
