@@ -268,8 +268,18 @@ class TestEvaluation:
                 ensemble.check_dynamic(torch.rand(4, 2, 6, 6))
             return messages
 
-        assert ["gradients in its forward pass" in message for message in said(Dynamic())] == [True]
-        assert not said(nn.Sequential(nn.Flatten(), nn.Linear(72, 10)))
+        def trace(*_):
+            return None
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            assert ["gradients in its forward pass" in message for message in said(Dynamic())] == [True]
+            assert not said(nn.Sequential(nn.Flatten(), nn.Linear(72, 10)))
+            after = sys.gettrace()
+        finally:
+            sys.settrace(before)
+        assert after is trace  # AutoAttack's check sets its own, and none afterwards
 
     @pytest.mark.parametrize(
         ("change", "match"),
