@@ -632,22 +632,21 @@ def differences(config, name, found):
     """Write in Markdown how a table's arms differ, seed by seed, from those they are compared with."""
     compared = references(config, config["tables"][name])
     lines = [
-        "| arm | against | AutoAttack | p | best epochs: AutoAttack | p | clean |",
-        "|" + " --- |" * 7,
+        "| arm | against | AutoAttack | p | PGD-20 | p | best epochs: AutoAttack | p | PGD-20 | p | clean | p |",
+        "|" + " --- |" * 12,
     ]
+    columns = [(when, what) for when in ("last", "best") for what in ("autoattack", "pgd20")] + [("last", "clean")]
     for other in dict.fromkeys(other for others in compared.values() for other in others):
         for arm in (arm for arm, others in compared.items() if other in others):
-            runs, baseline = done(found[arm]), done(found[other])
+            runs, baseline = done(found[arm]), done(found.get(other, {}))
             common = [seed for seed in runs if seed in baseline]
             if not common:
                 continue
             cells = []
-            for when, what in (("last", "autoattack"), ("best", "autoattack"), ("last", "clean")):
+            for when, what in columns:
                 pair = ([group[seed]["results"][when][what] for seed in common] for group in (runs, baseline))
                 *difference, p = paired(*pair)
-                cells.append(_percent(difference, signed=True))
-                if what == "autoattack":
-                    cells.append("" if np.isnan(p) else f"{p:.3f}")
+                cells += [_percent(difference, signed=True), "" if np.isnan(p) else f"{p:.3f}"]
             titles = (config["arms"][one]["title"] for one in (arm, other))
             lines.append(f"| {' | '.join(titles)} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -656,9 +655,9 @@ def differences(config, name, found):
 def second_stages(config, found):
     """Write in Markdown, for every arm that chooses layers, what validation saw and what became of term and index."""
     lines = [
-        "| arm | validation PGD | second term: first epoch | last epoch | index of the layers chosen first: then | "
-        "at the last selection |",
-        "|" + " --- |" * 6,
+        "| arm | validation | second term: first epoch | last epoch | index of the layers chosen first: then | at the "
+        "last selection | their relative error: then | at the last selection |",
+        "|" + " --- |" * 8,
     ]
     for arm, runs in found.items():
         histories = [run["history"] for run in done(runs).values() if run["history"]["epochs"]]
@@ -667,13 +666,19 @@ def second_stages(config, found):
         cells = [f"{100 * np.mean([history['epochs'][-1]['robust_accuracy'] for history in histories]):.1f}"]
         terms = np.mean([[h["epochs"][at]["criticality_loss"] for at in (0, -1)] for h in histories], axis=0)
         cells += [f"{term:.3g}" for term in terms] if any(terms) else ["", ""]
-        indices = [
-            np.mean([layer["criticality"] for layer in selections[at]["measured"]["layers"] if layer["name"] in chosen])
-            for selections in (history["selections"] for history in histories)
-            if selections and (chosen := selections[0]["chosen"])
-            for at in (0, -1)
-        ]
-        cells += [f"{np.mean(indices[at::2]):.3g}" for at in (0, 1)] if indices else ["", ""]
+        for figure in ("criticality", "relative_error"):
+            then_and_last = [
+                [
+                    np.mean(
+                        [layer[figure] for layer in record["measured"]["layers"] if layer["name"] in first["chosen"]]
+                    )
+                    for record in (first, last)
+                ]
+                for first, *_, last in (
+                    history["selections"] for history in histories if len(history["selections"]) > 1
+                )
+            ]
+            cells += [f"{mean:.3g}" for mean in np.mean(then_and_last, axis=0)] if then_and_last else ["", ""]
         lines.append(f"| {config['arms'][arm]['title']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -736,7 +741,7 @@ def plot_best_against_last(config, arms, found, path):
         for when, offset, colour in (("last", -0.13, "C3"), ("best", 0.13, "C0")):
             values = [100 * run["results"][when]["autoattack"] for run in runs]
             ax.plot(values, [row + offset] * len(values), "o", color=colour, alpha=0.45, markersize=4)
-            mean, half = interval(values)
+            mean, half = interval(values) if len(values) > 2 else (np.mean(values), np.nan)  # no use of two
             label = f"{when} epoch" if row == 0 else None
             ax.errorbar(mean, row + offset, xerr=None if np.isnan(half) else half, fmt="D", color=colour, label=label)
     ax.set_yticks(range(len(arms)), [config["arms"][arm]["title"] for arm in arms], fontsize=8)
@@ -744,6 +749,20 @@ def plot_best_against_last(config, arms, found, path):
     ax.set_xlabel("AutoAttack accuracy [%]: seeds, mean and 95 % interval")
     ax.legend(fontsize=8)
     save(ax, path)
+
+
+def _setting(bench):
+    preset, model = bench.preset, make_model(bench.preset, 0)
+    first, more, parameters = preset["first_stage_epochs"], preset["epochs"], sum(p.numel() for p in model.parameters())
+    return (
+        f"{preset['data']}, timm's `{preset['backbone']}` with {parameters:,} parameters, augmentation: "
+        f"{preset.get('augmentation', 'none')}. {first} epochs of the first stage (PGD-AT but in table D), then {more} "
+        f"of each arm, from the one checkpoint of a seed, in batches of {preset['batch_size']}: SGD with momentum 0.9 "
+        f"and weight decay 5e-4, learning rate {preset['lr']} falling along a cosine over all {first + more} epochs, times "
+        f"the arm's factor. Training attack: PGD, ℓ∞, ε = {255 * preset['eps']:.3g}/255, {preset['attack_steps']} steps "
+        f"of {255 * preset['eps_step']:.3g}/255 from a random start. Layers are chosen every {preset['reselect_every']} "
+        f"epochs, on {preset['selection_samples']} training images."
+    )
 
 
 def _versions(run):
@@ -754,6 +773,7 @@ def _versions(run):
 def aggregate(bench):
     """Write results.md and the plots of a preset."""
     config, seeds = bench.config, bench.preset["seeds"]
+    validated = bench.preset.get("validated_images", bench.preset["validation_images"])
     arms = list(dict.fromkeys(arm for content in config["tables"].values() for arm in content["arms"]))
     found = collect(bench, arms, seeds)
     runs = [run for of_arm in found.values() for run in of_arm.values()]
@@ -762,19 +782,24 @@ def aggregate(bench):
     dates = sorted({run["date"] for run in runs})
     text = [
         f"# Results of the preset `{bench.name}`",
+        _setting(bench),
         "Accuracies in percent on test images, of the last epoch unless it says otherwise: mean ± half the 95 % "
         "interval (Student's t) over seeds. Every seed draws its own "
         f"{bench.preset['train_images']} training, {bench.preset['validation_images']} validation and "
         f"{bench.preset['test_images']} test images; AutoAttack (standard) runs on the first "
-        f"{bench.preset['autoattack_images']} of the latter, PGD-20 on all. The best epoch is that of the highest "
-        "robust accuracy on validation images. *trained* is the mean share of the parameters over the selections. The "
-        "seconds an epoch have the selections in them, and whatever else the machine did.",
+        f"{bench.preset['autoattack_images']} of the latter, PGD-20 on all, and on as many training images as "
+        f"AutoAttack. The best epoch is that of the highest accuracy under the training attack on {validated} "
+        "validation images. *trained* is the mean share of the parameters over the selections. The seconds an epoch have "
+        "the selections in them, and whatever else the machine did.",
         "Differences are paired by seed; p is the paired t-test's, not corrected for the number of comparisons, best "
         "epochs are compared with best epochs.",
         f"`python evaluation/paper_tables.py run --preset {bench.name} --data DIR` and `… aggregate --preset "
         f"{bench.name}`, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, "
         f"{'; '.join(sorted({run['machine'] for run in runs}))}.",
-        *("Versions: " + text + "." for text in dict.fromkeys(_versions(run) for run in runs)),
+        *(
+            f"{versions}: {', '.join(dict.fromkeys(run['arm'] for run in runs if _versions(run) == versions))}."
+            for versions in dict.fromkeys(_versions(run) for run in runs)
+        ),
     ]
     begun, shown = {}, set()
     for name, content in config["tables"].items():  # one that repeats arms of those before it has not begun
@@ -790,16 +815,18 @@ def aggregate(bench):
         text += ["## E. Stability of the index", stability_table(measurements)]
     text += [
         "## What the second stage did",
-        "Means over the seeds: PGD accuracy of the last epoch on validation images, as `fit` reports it; the second "
-        "term of the loss, before its weight; the criticality index of the layers chosen at the first selection, then "
-        "and at the last selection.",
+        f"Means over the seeds: the last epoch's accuracy under the training attack on {validated} validation images; "
+        "the second term of the loss, before its weight (CLAT's feature distance, the divergence of TRADES and MART); "
+        "the criticality index of the layers chosen at the first selection, then and at the last selection, and the "
+        "relative error of their features under the attack, which no scale of weights changes.",
         second_stages(config, found),
     ]
     images = bench.preset["validation_images"] * len(bench.preset["tuning_seeds"])
     text += [
         "## What tuning chose",
-        f"By the last epoch's PGD-20 accuracy on {images} validation images; the first of equals. At 20 % its standard "
-        f"error is {100 * np.sqrt(0.2 * 0.8 / images):.1f} points: values that differ by less were as good as drawn.",
+        f"By the last epoch's PGD-20 accuracy on {images} validation images; the first of equals. `lr` is a factor on "
+        "the schedule, `criticality_weight` is λ. At 20 % the standard error is "
+        f"{100 * np.sqrt(0.2 * 0.8 / images):.1f} points: values that differ by less were as good as drawn.",
         chosen_values(bench, arms),
     ]
     warnings = [
