@@ -756,12 +756,12 @@ def _setting(bench):
     first, more, parameters = preset["first_stage_epochs"], preset["epochs"], sum(p.numel() for p in model.parameters())
     return (
         f"{preset['data']}, timm's `{preset['backbone']}` with {parameters:,} parameters, augmentation: "
-        f"{preset.get('augmentation', 'none')}. {first} epochs of the first stage (PGD-AT but in table D), then {more} "
-        f"of each arm, from the one checkpoint of a seed, in batches of {preset['batch_size']}: SGD with momentum 0.9 "
-        f"and weight decay 5e-4, learning rate {preset['lr']} falling along a cosine over all {first + more} epochs, times "
-        f"the arm's factor. Training attack: PGD, ℓ∞, ε = {255 * preset['eps']:.3g}/255, {preset['attack_steps']} steps "
-        f"of {255 * preset['eps_step']:.3g}/255 from a random start. Layers are chosen every {preset['reselect_every']} "
-        f"epochs, on {preset['selection_samples']} training images."
+        f"{preset.get('augmentation', 'none')}. {first} epochs of the first stage (PGD-AT but in table D), then "
+        f"{more} of each arm, from the one checkpoint of a seed, in batches of {preset['batch_size']}: SGD with "
+        f"momentum 0.9 and weight decay 5e-4, learning rate {preset['lr']} falling along a cosine over all "
+        f"{first + more} epochs, times the arm's factor. Training attack: PGD, ℓ∞, ε = {255 * preset['eps']:.3g}/255, "
+        f"{preset['attack_steps']} steps of {255 * preset['eps_step']:.3g}/255 from a random start. Layers are chosen "
+        f"every {preset['reselect_every']} epochs, on {preset['selection_samples']} training images."
     )
 
 
@@ -784,13 +784,12 @@ def aggregate(bench):
         f"# Results of the preset `{bench.name}`",
         _setting(bench),
         "Accuracies in percent on test images, of the last epoch unless it says otherwise: mean ± half the 95 % "
-        "interval (Student's t) over seeds. Every seed draws its own "
-        f"{bench.preset['train_images']} training, {bench.preset['validation_images']} validation and "
-        f"{bench.preset['test_images']} test images; AutoAttack (standard) runs on the first "
-        f"{bench.preset['autoattack_images']} of the latter, PGD-20 on all, and on as many training images as "
-        f"AutoAttack. The best epoch is that of the highest accuracy under the training attack on {validated} "
-        "validation images. *trained* is the mean share of the parameters over the selections. The seconds an epoch have "
-        "the selections in them, and whatever else the machine did.",
+        f"interval (Student's t) over seeds. Every seed draws its own {bench.preset['train_images']} training, "
+        f"{bench.preset['validation_images']} validation and {bench.preset['test_images']} test images; AutoAttack "
+        f"(standard) runs on the first {bench.preset['autoattack_images']} of the latter, PGD-20 on all, and on as "
+        "many training images as AutoAttack. The best epoch is that of the highest accuracy under the training "
+        f"attack on {validated} validation images. *trained* is the mean share of the parameters over the selections. "
+        "The seconds an epoch have the selections in them, and whatever else the machine did.",
         "Differences are paired by seed; p is the paired t-test's, not corrected for the number of comparisons, best "
         "epochs are compared with best epochs.",
         f"`python evaluation/paper_tables.py run --preset {bench.name} --data DIR` and `… aggregate --preset "
