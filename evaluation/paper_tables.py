@@ -751,7 +751,7 @@ def plot_best_against_last(config, arms, found, path):
     save(ax, path)
 
 
-def _setting(bench):
+def _circumstances(bench):
     preset, model = bench.preset, make_model(bench.preset, 0)
     first, more, parameters = preset["first_stage_epochs"], preset["epochs"], sum(p.numel() for p in model.parameters())
     return (
@@ -782,7 +782,7 @@ def aggregate(bench):
     dates = sorted({run["date"] for run in runs})
     text = [
         f"# Results of the preset `{bench.name}`",
-        _setting(bench),
+        _circumstances(bench),
         "Accuracies in percent on test images, of the last epoch unless it says otherwise: mean ± half the 95 % "
         f"interval (Student's t) over seeds. Every seed draws its own {bench.preset['train_images']} training, "
         f"{bench.preset['validation_images']} validation and {bench.preset['test_images']} test images; AutoAttack "
