@@ -310,10 +310,9 @@ def evaluate_robustness(
     :param verbose: Show the progress and the time left, at most.
     :return: The accuracies and the verdict on every example.
     :raises TypeError: If `classifier_or_model` is neither.
-    :raises ValueError: If an argument is out of its range, inputs lie outside [0, 1] or are not of the
-            classifier's ``input_shape``, the outputs are no logits, or
-            normalisation seems to be missing or to be there twice: the figures would be false. If `checkpoint` holds
-            something else.
+    :raises ValueError: If an argument is out of its range, inputs lie outside [0, 1] or are not of the classifier's
+            ``input_shape``, the outputs are no logits, or normalisation seems to be missing or to be there twice: the
+            figures would be false. If `checkpoint` holds something else.
     :raises ImportError: If AutoAttack is not installed.
     :raises ConnectionError: If another process is lost.
     """

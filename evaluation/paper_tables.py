@@ -590,9 +590,9 @@ def done(runs):
 
 
 def references(config, table):
-    """Give the arms that a table's arms are compared with: by arm, its own ones or else the table's."""
+    """Give the arms that a table's arms are compared with: by arm, its own ones or else the table's, none inherited."""
     return {
-        arm: [other for other in resolve(config, arm).get("against", table.get("against", [])) if other != arm]
+        arm: [other for other in config["arms"][arm].get("against", table.get("against", [])) if other != arm]
         for arm in table["arms"]
     }
 
@@ -653,7 +653,7 @@ def differences(config, name, found):
 
 
 def second_stages(config, found):
-    """Write in Markdown, for every arm that chooses layers, what validation saw and what became of term and index."""
+    """Write in Markdown what validation saw of every arm, and what became of second term and index."""
     lines = [
         "| arm | validation | second term: first epoch | last epoch | index of the layers chosen first: then | at the "
         "last selection | their relative error: then | at the last selection |",
