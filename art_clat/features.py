@@ -103,16 +103,19 @@ class Features:
             yield
 
     @contextmanager
-    def compare(self, *, stop: bool = False) -> Iterator[None]:
+    def compare(self, *, stop: bool = False, forget: bool = False) -> Iterator[None]:
         """
         Measure the forward pass in this context against the kept features; `distance` has the result.
 
         :param stop: End the forward pass after the last layer.
+        :param forget: Let go of every kept feature as soon as it has been compared, for the pass to use its memory.
         """
         self._begin()
 
         def compare(site: Site, feature: torch.Tensor) -> None:
-            self._compare(site, self._kept[site][len(self._distances[site])].float(), feature.float())
+            kept, call = self._kept[site], len(self._distances[site])
+            clean = kept.pop(0) if forget else kept[call]
+            self._compare(site, clean.float(), feature.float())
 
         with tap(self._sites, compare, stop=stop):
             yield
@@ -131,10 +134,6 @@ class Features:
 
         with tap(self._sites, compare, stop=stop):
             yield
-
-    def release(self) -> None:
-        """Forget the kept features, whose memory the backward pass can use."""
-        self._kept = {}
 
     def distance(self, layer: Layer, batch_size: int) -> torch.Tensor:
         """

@@ -113,9 +113,8 @@ class AdversarialCLAT(Objective):
     def loss(self, x: torch.Tensor, x_adv: torch.Tensor, y: torch.Tensor) -> BatchLoss:
         with self.features.keep(stop=True), own_statistics(self.modules):
             self.network.logits(x)
-        with self.features.compare():
+        with self.features.compare(forget=True):
             cross_entropy, logits = self.network.loss(x_adv, y)
-        self.features.release()
         total = self.features.total_relative_distance if self.relative else self.features.total_distance
         return _weighted(cross_entropy, total(len(x)), self.weight, logits)
 
@@ -164,11 +163,11 @@ class CleanCLAT(Objective):
             return in_chunks(climb, x, ascent.start(x, part or Part(len(x))))
 
     def loss(self, x: torch.Tensor, x_adv: torch.Tensor, y: torch.Tensor) -> BatchLoss:
-        with self.features.keep():
-            cross_entropy, logits = self.network.loss(x, y)
-        with self.features.compare(stop=True), own_statistics(self.modules):
+        # The perturbed pass comes first: the backward pass reaches it last, when the memory of the other is free again.
+        with self.features.keep(stop=True), own_statistics(self.modules):
             self.network.logits(x_adv)
-        self.features.release()
+        with self.features.compare(forget=True):
+            cross_entropy, logits = self.network.loss(x, y)
         return _weighted(cross_entropy, self.features.total_distance(len(x)), self.weight, logits)
 
 

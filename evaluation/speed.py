@@ -86,6 +86,8 @@ MODELS = {
     "ViT-tiny": lambda: create_backbone("vit_tiny_patch16_224", num_classes=10),
     "ConvNeXt-atto": convnext,
 }
+#: Batches in an epoch unless said otherwise: enough for what an epoch costs whatever its length to count for little.
+BATCHES = {"small CNN": 4}
 
 
 class FixedLayers(AdversarialTrainerCLATPyTorch):
@@ -106,12 +108,13 @@ class FixedLayers(AdversarialTrainerCLATPyTorch):
 class Bench:
     """Everything measured of one model."""
 
-    def __init__(self, make, args):
+    def __init__(self, name, args):
         self.args = args
+        self.batches = args.batches or BATCHES.get(name, 1)
         torch.manual_seed(args.seed)
-        self.model = Whole(make())
+        self.model = Whole(MODELS[name]())
         rng = np.random.default_rng(args.seed)
-        n = args.batch_size * args.batches
+        n = args.batch_size * self.batches
         self.x = rng.random((n, 3, 32, 32), dtype=np.float32)
         self.y = rng.integers(0, 10, n)
 
@@ -213,7 +216,7 @@ class Bench:
         positions, shares = self.layers_at()
         made = self.contenders(positions)
         jobs = {name: lambda name=name, trainer=trainer: self.epoch(name, trainer) for name, trainer in made.items()}
-        jobs |= self.forward_and_criticality()
+        jobs |= self.forward_and_criticality(positions)
         seconds = {name: [] for name in jobs}
         failed = {}
         for repeat in range(-1, self.args.repeats):  # the first one warms up
@@ -254,18 +257,19 @@ class Bench:
         network = Network(self.classifier())
         x = torch.tensor(self.x[: self.args.batch_size], device=network.device)
         with evaluation_mode(network.model), torch.no_grad():
-            counted["forward"] = flops(lambda: network.model(x)) * self.args.batches
+            counted["forward"] = flops(lambda: network.model(x)) * self.batches
         return {
             "layers": {position: [name, shares[name]] for position, name in positions.items()},
             "number of layers": len(shares),
+            "batches": self.batches,
             "seconds": seconds,
             "flops": counted,
             "peak memory": peak,
             "failed": failed,
         }
 
-    def forward_and_criticality(self):
-        """Give the plain forward pass, criticality of all layers, and the one attack that it contains."""
+    def forward_and_criticality(self, positions):
+        """Give the plain forward pass, whole and cut short, criticality of all layers, and the attack it contains."""
         classifier = self.classifier()
         network = Network(classifier)
         attack = OutputAttack(pgd(classifier), network)
@@ -273,14 +277,17 @@ class Bench:
         layers = network.find_layers(x)
         batches = [(a, b, Part(len(a))) for a, b in zip(*(t.split(self.args.batch_size) for t in (x, y)), strict=True)]
 
-        def forward(size):
+        def forward(size, last=None):
+            sites = [layer.output for layer in layers if layer.name == last]
             with evaluation_mode(network.model), torch.no_grad():
                 for part in x.split(size):
-                    network.model(part)
+                    with tap(sites, lambda *_: None, stop=True) if last else contextlib.nullcontext():
+                        network.model(part)
 
         return {
             f"forward, {self.args.batch_size} at once": lambda: forward(self.args.batch_size),
             f"forward, {CHUNK} at once": lambda: forward(CHUNK),
+            **{f"up to {where}": lambda last=last: forward(CHUNK, last) for where, last in positions.items()},
             "criticality": lambda: measure(network, layers, batches, attack),
             "its attack": lambda: [attack(a, b) for a, b, _ in batches],
         }
@@ -340,7 +347,7 @@ def tables(results, setting):
     lines = ["# What an epoch costs", ""]
     lines += [
         f"{setting['machine']}, {setting['device']}; {setting['date']}; batches of {setting['batch size']} images of "
-        f"3×32×32, {setting['batches']} an epoch, PGD with {ATTACK['max_iter']} steps; medians of {setting['repeats']} "
+        f"3×32×32, PGD with {ATTACK['max_iter']} steps; medians of {setting['repeats']} "
         "repeats, contenders alternating. `F` is the time of the plain forward pass (no gradients, evaluation mode, "
         f"the faster of {setting['batch size']} and {CHUNK} images at once) over the same images. `FLOPs` are counted "
         "by `torch.utils.flop_counter` (too many for the weight gradients of depth-wise convolutions), in forward "
@@ -352,14 +359,18 @@ def tables(results, setting):
         median = {name: statistics.median(times) for name, times in result["seconds"].items() if times}
         forward = min(value for name, value in median.items() if name.startswith("forward"))
         where = "; ".join(f"{k}: `{n}` ({100 * share:.0f} % of F)" for k, (n, share) in result["layers"].items())
-        lines += [f"## {model}", "", f"{result['number of layers']} layers; chosen, in turn: {where}.", ""]
+        lines += [f"## {model}", ""]
+        lines += [
+            f"{result['number of layers']} layers; chosen, in turn: {where}. Batches in an epoch: {result['batches']}.",
+            "",
+        ]
         lines += [
             "| epoch of | seconds | in F | spread | ART Madry / this | this / our PGD-AT | FLOPs, in F | "
             "time / FLOP time | peak memory / our PGD-AT |",
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         for name, value in median.items():
-            if name.startswith(("forward", "criticality", "its attack")):
+            if name.startswith(("forward", "up to", "criticality", "its attack")):
                 continue
             times = result["seconds"][name]
             counted = result["flops"].get(name)
@@ -380,7 +391,17 @@ def tables(results, setting):
             )
         for name, message in result["failed"].items():
             lines.append(f"| {name} | failed: {message} |  |  |  |  |  |  |  |")
+        own = {
+            where: median[f"up to {where}"] / forward / share
+            for where, (_, share) in result["layers"].items()
+            if share < 1
+        }
         lines += [
+            "",
+            "What the early layers cost beyond their FLOPs whoever runs them, time / FLOP time of the plain forward "
+            "pass cut short after the layer of the "
+            + " and of the ".join(f"{where}: {ratio:.2f}" for where, ratio in own.items())
+            + ".",
             "",
             f"Criticality of all {result['number of layers']} layers / the attack it contains: "
             f"{median['criticality'] / median['its attack']:.3f}.",
@@ -397,7 +418,7 @@ def main():
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--batches", type=int, default=1, help="batches in an epoch")
+    parser.add_argument("--batches", type=int, help="batches in an epoch; default: 4 for the small CNN, 1 for others")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="Markdown; default: evaluation/results/speed-DEVICE.md")
@@ -434,7 +455,7 @@ def main():
             if model in content["results"]:
                 continue
             print(model, file=sys.stderr)
-            content["results"][model] = Bench(MODELS[model], args).run()
+            content["results"][model] = Bench(model, args).run()
             raw.write_text(json.dumps(content, indent=1) + "\n")
     text = tables(content["results"], content["setting"])
     args.output.write_text(text)

@@ -33,6 +33,18 @@ def test_distances_are_those_of_the_features(chain, layers):
     torch.testing.assert_close(features.total_distance(5), sum(expected.values()))
 
 
+def test_features_are_forgotten_as_soon_as_they_are_compared(chain, layers):
+    x, z = torch.rand(2, 5, *INPUT_SHAPE)
+    kept, forgotten, left = Features(layers), Features(layers), []
+    chain.hidden.register_forward_hook(lambda *_: left.append(sum(map(len, forgotten._kept.values()))))
+    with kept.keep(), forgotten.keep():
+        chain(x)
+    with kept.compare(), forgotten.compare(forget=True):
+        chain(z)
+    assert torch.equal(kept.total_distance(5), forgotten.total_distance(5))
+    assert left[1] < len(layers) and not any(forgotten._kept.values())
+
+
 def test_stopping_gives_the_same_features_and_input_gradients_bit_for_bit(chain, layers):
     x, z = torch.rand(5, *INPUT_SHAPE), torch.rand(5, *INPUT_SHAPE, requires_grad=True)
     results = []
