@@ -64,7 +64,10 @@ class Average:
 
         :return: By name, on the CPU.
         """
-        return {name: tensor.to("cpu", copy=True) for name, tensor in self._tensors.items()}
+        return {
+            name: tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for name, tensor in self._tensors.items()
+        }
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
         """

@@ -47,7 +47,7 @@ class Batches(abc.ABC):
         """
         Draw training samples to measure on; the epochs lose nothing by it.
 
-        :param nb_samples: How many, at most, over all processes.
+        :param nb_samples: How many over all processes, if there are as many; a generator's batches come whole.
         :param ranks: The processes that share them.
         :return: The batches; one that is smaller than the number of processes may be empty here.
         """
@@ -140,7 +140,7 @@ class GeneratorBatches(Batches):
         inputs, labels = check_data(
             self.classifier, x, y, argument="x of the generator's batch", label_argument="y of the generator's batch"
         )
-        return inputs, labels, Part(len(inputs))
+        return inputs.clone(), labels, Part(len(inputs))  # an augmentation may work in place
 
 
 def augmented(

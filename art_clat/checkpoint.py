@@ -518,8 +518,9 @@ def describe(
     facts: dict[str, object] = {name: f"{tensor.dtype}, {tuple(tensor.shape)}" for name, tensor in tensors.items()}
     facts["the architecture"] = hashlib.sha256(text_of(classifier.model).encode()).hexdigest()[:16]
     facts["the frozen parameters"] = [n for n, p in classifier.model.named_parameters() if not p.requires_grad]
+    buffers = classifier.loss.named_buffers() if isinstance(classifier.loss, nn.Module) else ()
     facts["the loss"] = _settings(classifier.loss, vars(classifier.loss)) | {
-        name: text_of(buffer.cpu().numpy()) for name, buffer in classifier.loss.named_buffers()
+        name: text_of(buffer.cpu().numpy()) for name, buffer in buffers
     }
     facts |= describe_inputs(classifier)
     for number, attack in enumerate(attacks, start=1):
@@ -532,20 +533,35 @@ def describe(
             if name not in ignored
         }
         facts[f"attack {number}"] = _settings(attack, settings)
-    moving = ("last_epoch", "T_cur", "T_i", "verbose")
-    facts["the scheduler"] = _settings(
-        scheduler, {k: v for k, v in (scheduler.state_dict() if scheduler else {}).items() if k not in moving}
-    )
+    schedule = {} if scheduler is None else _still(scheduler.state_dict())
+    facts["the scheduler"] = {"class": type(scheduler).__name__, **{k: text_of(v) for k, v in schedule.items()}}
     optimizer: Any = classifier.optimizer
     facts["the optimizer"] = type(optimizer).__name__
     facts |= {f"optimizer.{key}": text_of(value) for key, value in optimizer.defaults.items() if key != "lr"}
+    left_out = ["params", "lr", "initial_lr"]
+    if "'cycle_momentum': True" in repr(schedule):
+        left_out += ["momentum", "betas"]
+    names = {parameter: name for name, parameter in classifier.model.named_parameters()}
     for number, group in enumerate(optimizer.param_groups, start=1):
+        held = [names.get(parameter, "one that is not the network's") for parameter in group["params"]]
         facts[f"optimizer group {number}"] = {
-            "parameters": len(group["params"]),
+            "parameters": len(held),
+            "in the order": hashlib.sha256(" ".join(held).encode()).hexdigest()[:16],
             "lr": text_of(group.get("initial_lr", group["lr"])),
-            "weight_decay": text_of(group.get("weight_decay")),
+            **{key: text_of(value) for key, value in group.items() if key not in left_out},
         }
     return facts
+
+
+def _still(state: object) -> Any:
+    """Leave out of a scheduler's state, and of those of the schedulers in it, what changes from epoch to epoch."""
+    if isinstance(state, list):
+        return [_still(item) for item in state]
+    if type(state) is not dict:
+        return state
+    moving = ["last_epoch", "T_cur", "T_i", "verbose", "_last_lr", "_step_count"]
+    moving += ["_is_initial", "_get_lr_called_within_step"]
+    return {key: _still(value) for key, value in state.items() if key not in moving}
 
 
 def describe_inputs(classifier: PyTorchClassifier) -> dict[str, object]:
@@ -582,8 +598,10 @@ def text_of(value: object) -> str:
     Write a setting so that it reads the same in another process.
 
     :param value: The setting.
-    :return: Its ``repr`` without the addresses of objects.
+    :return: Its ``repr`` without the addresses of objects; for one that has none of its own, its public settings.
     """
+    if type(value).__repr__ is object.__repr__ and hasattr(value, "__dict__"):
+        return repr(_settings(value, vars(value)))
     if isinstance(value, np.ndarray) and value.ndim:
         return f"array {fingerprint(torch.as_tensor(value))}"
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value.item() if isinstance(value, (np.generic, np.ndarray)) else value))

@@ -43,7 +43,7 @@ def own_modes(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def own_statistics(modules: Iterable[nn.Module]) -> Iterator[None]:
     """
-    Leave running statistics of norms as they are, whatever runs through them in training mode.
+    Leave running statistics, and whatever other buffers, of what is in training mode as they are.
 
     They are exchanged for copies meanwhile, not written over: autograd may still need what it saw.
 
@@ -52,7 +52,7 @@ def own_statistics(modules: Iterable[nn.Module]) -> Iterator[None]:
     kept = [
         (part, name, buffer)
         for part in dict.fromkeys(part for module in modules for part in module.modules())
-        if part.training and isinstance(part, nn.modules.batchnorm._NormBase)
+        if part.training
         for name, buffer in part.named_buffers(recurse=False)
     ]
     for module, name, buffer in kept:

@@ -359,6 +359,8 @@ _TORCH_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.L
 def _is_norm(module: nn.Module) -> bool:
     if isinstance(module, _TORCH_NORMS):
         return True
+    if type(module).__module__.startswith("torch.nn.utils"):  # spectral and weight norm are norms of a weight
+        return False
     # Other libraries' norms, by the names of their classes: RmsNorm, GroupNormAct, but not NormedLinear.
     named = any(re.search(r"Norm(?![a-z])", cls.__name__) for cls in type(module).__mro__)
     return named and all(p.ndim < 2 for p in module.parameters())
@@ -423,5 +425,20 @@ def train_only(model: nn.Module, layers: Sequence[Layer]) -> None:
     """
     model.eval()
     for norm in {m for layer in layers for module in layer.modules for m in module.modules() if _is_norm(m)}:
-        parameters = list(norm.parameters())
-        norm.train(not parameters or any(p.requires_grad for p in parameters))
+        norm.train(not _is_frozen(norm))
+
+
+def train_all(model: nn.Module) -> None:
+    """
+    Put a network in training mode, but for norms whose parameters their owner has frozen.
+
+    :param model: The network.
+    """
+    model.train()
+    for norm in filter(_is_norm, model.modules()):
+        norm.train(not _is_frozen(norm))
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    parameters = list(module.parameters())
+    return bool(parameters) and not any(p.requires_grad for p in parameters)

@@ -35,7 +35,8 @@ class Network:
         self.ranks = Ranks()
         self._sharing = Ranks()  # those that share the batch of a forward pass
         self._factors: Factors | None = None
-        self._has_norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.model.modules())
+        # Also those of other classes that come down to torch's function.
+        self._has_norms = any(hasattr(module, "running_mean") for module in self.model.modules())
         #: Whether an input gradient flows through the preprocessing.
         self.is_differentiable = bool(classifier.all_framework_preprocessing)
         clip = classifier.clip_values
@@ -121,7 +122,19 @@ class Network:
         :param after_norm: Take features after a layer's norm.
         :param granularity: What counts as one layer.
         :return: See :func:`art_clat.layers.find_layers`.
+        :raises ValueError: If the network is compiled, or recomputes activations.
         """
+        for name, module in self.model.named_modules():
+            if isinstance(getattr(module, "_orig_mod", None), nn.Module):
+                raise ValueError(
+                    f"`classifier.model`: {name or 'it'} has been through `torch.compile`, which hides its layers: "
+                    "give ART the network as it was before, and `compile=True` to the trainer."
+                )
+            if getattr(module, "grad_checkpointing", False):
+                raise ValueError(
+                    f"`classifier.model`: {name or 'it'} recomputes its activations, which gives attacks no input "
+                    "gradient: call `set_grad_checkpointing(False)`."
+                )
         one = x[:1].to(self.device)
         with evaluation_mode(self.model):
             return find_layers(

@@ -30,7 +30,7 @@ from art_clat.distributed import Part, Ranks
 from art_clat.granularity import Granularity, find_groups
 from art_clat.guest import FiniteGuard, evaluation_mode, own_modes, own_randomness, reseed
 from art_clat.history import EpochRecord, History, SelectionRecord
-from art_clat.layers import Layer, only_trainable, train_only
+from art_clat.layers import Layer, only_trainable, train_all, train_only
 from art_clat.network import Network
 from art_clat.objectives import (
     FIRST_STAGES,
@@ -62,8 +62,10 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
        of their features under attack (eq. 5 and 6).
 
     Nothing is added to the network. After ``fit``, also one that raised, its ``requires_grad`` flags, training modes
-    and hooks and the global random generators are as they were before. Gradients are dropped, and so is the optimiser's
-    state of a layer when it is frozen: stale momentum must not move it when it is chosen again.
+    and hooks and the global random generators are as they were before, but for the one number that is drawn from
+    NumPy's where `seed` is `None`. Gradients are dropped, and so is the optimiser's state of a layer when it is frozen:
+    stale momentum must not move it when it is chosen again. Norms whose parameters were frozen before keep their
+    statistics throughout.
 
     The first stage applies ART's preprocessing of training, the second that of prediction: an augmentation that differs
     between the clean and the perturbed pass would be measured as a feature distance.
@@ -132,7 +134,8 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
                divided by the length of the feature. ``"pgd_at"``, ``"trades"``, ``"mart"``: ordinary adversarial
                training, of the chosen layers only.
         :param ema_decay: Average the weights over the steps of training with this decay, in (0, 1), e.g. 0.99; the
-               average is what is validated, and what the network has at the end. `None` for no average.
+               average is what is validated, and what the network has at the end; that of a layer that is frozen goes
+               on until it has reached its weights. `None` for no average.
         :param head_eligible: Whether the classifier head may be chosen too. Taken literally, eq. 2 and 3 nearly always
                choose it, for its few outputs.
         :param after_norm: Take the features of layers that have a norm after it, in the index and in the objective. At
@@ -286,6 +289,8 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         with ranks.together():
             if ranks.size > 1:
                 self._check_can_be_shared(ranks, len(inputs), batch_size, drop_last=options["drop_last"])
+            if checkpoint is not None or ranks.size > 1:
+                self._check_loss_learns_nothing()
             if checkpoint is None and ranks.size == 1:
                 described: dict[str, object] = {}
             else:
@@ -387,7 +392,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         self._check_optimizer(None if self.warmup else eligible)
         self.history = history = progress.history
         with self._as_guest(progress.seed) as freeze, self._accelerated():
-            keeper.save(progress)  # a scheduler, say, that cannot be saved is refused before any work is done
+            keeper.save(progress)  # a scheduler that cannot be saved is refused before any work is done
             stage = self._begin(None if progress.chosen is None else _named(layers, progress.chosen), freeze)
             if average is not None and resumed is None:
                 average.begin()  # now that all processes have the first one's weights
@@ -587,7 +592,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
 
     def _set_modes(self, chosen: list[Layer] | None) -> None:
         if chosen is None:
-            self._network.model.train()
+            train_all(self._network.model)
         else:
             train_only(self._network.model, chosen)
 
@@ -645,6 +650,15 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
 
             yield freeze
 
+    def _check_loss_learns_nothing(self) -> None:
+        loss = self._classifier.loss
+        names = [name for name, _ in loss.named_parameters()] if isinstance(loss, nn.Module) else []
+        if names:
+            raise ValueError(
+                f"`classifier.loss` has parameters of its own ({', '.join(names)}) that are neither saved nor shared; "
+                "`checkpoint` and several processes need a loss without."
+            )
+
     def _check_can_be_shared(self, ranks: Ranks, nb_samples: int, batch_size: int, *, drop_last: bool) -> None:
         """Refuse what several processes would compute otherwise than one."""
         last = 0 if drop_last else nb_samples % batch_size
@@ -659,12 +673,18 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
                 f"`classifier.loss` is {loss} with reduction {getattr(loss, 'reduction', None)!r}; on several "
                 "processes it must be a mean over the samples: `reduction='mean'`, and no class weights."
             )
+        if 0 <= getattr(loss, "ignore_index", -1) < self._network.nb_classes:
+            raise ValueError(
+                f"`classifier.loss` ignores the class {loss.ignore_index}, so its mean is over fewer samples in one "
+                "process than in another; several processes need all samples to count."
+            )
         for name, module in self._network.model.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
                 raise ValueError(f"`classifier.model`: {name} has no running statistics; several processes need them.")
-            if getattr(module, "grad_checkpointing", False):
+            if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
                 raise ValueError(
-                    f"`classifier.model`: {name or 'it'} recomputes activations; several processes cannot."
+                    f"`classifier.model`: {name} keeps running statistics of single samples, which are not shared; "
+                    "several processes need an InstanceNorm with `track_running_stats=False`."
                 )
 
     @property

@@ -9,7 +9,8 @@ from art.attacks.evasion import (
     ProjectedGradientDescent,
     ProjectedGradientDescentPyTorch,
 )
-from conftest import make_attack, make_classifier
+from conftest import Chain, make_attack, make_classifier
+from torch import nn
 
 from art_clat.attacks import L1Ball, L2Ball, LinfBall, OutputAttack
 from art_clat.network import Network
@@ -49,6 +50,19 @@ def test_momentum_as_art_accumulates_it(chain, data):
     ours = run(attack, classifier, *data)
     np.testing.assert_allclose(ours, attack.generate(*data), atol=1e-6)
     assert not np.allclose(ours, run(plain, classifier, *data), atol=1e-3)
+
+
+def test_gradients_that_are_not_numbers_count_as_zero_as_in_art(data):
+    class Poisoned(Chain):
+        def forward(self, x):
+            return super().forward(x) + (0 * x[:, :1, 0, 0]).sqrt()  # 0, its slope infinity times 0
+
+    classifier = make_classifier(Poisoned())
+    x, y = data[0].clip(0.2, 0.8), data[1]
+    attack = make_attack(classifier)
+    ours = run(attack, classifier, x, y)
+    assert (ours[:, 0, 0, 0] == x[:, 0, 0, 0]).all() and np.abs(ours - x).max() > 0.05
+    np.testing.assert_allclose(ours, attack.generate(x, y), atol=1e-6)
 
 
 def test_an_epsilon_for_every_pixel(chain, data):
@@ -128,6 +142,13 @@ def test_options_that_mean_nothing_in_a_batch_run_through_generate(chain, option
     classifier = make_classifier(chain)
     attack = OutputAttack(make_attack(classifier, **option), Network(classifier))
     assert attack.ascent is None
+
+
+def test_what_only_arts_own_code_does_runs_through_generate(chain):
+    restarted = FastGradientMethod(make_classifier(chain), eps=0.1, num_random_init=3)
+    recurrent = make_attack(make_classifier(nn.Sequential(nn.Flatten(2), nn.RNN(36, 4))))
+    for attack in (restarted, recurrent):
+        assert OutputAttack(attack, Network(attack.estimator)).ascent is None
 
 
 def test_the_attack_leaves_modes_gradients_and_inputs_alone(normed, data):

@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -15,10 +16,12 @@ from art.attacks.evasion import FastGradientMethod
 from conftest import Chain, Normed, make_attack, make_classifier, make_data
 from safetensors.torch import load_file
 from torch import nn
+from torch.optim import lr_scheduler as lr
 from torchvision.transforms import v2
 
 from art_clat import AdversarialTrainerCLATPyTorch, checkpoint
 from art_clat.checkpoint import read, write
+from art_clat.history import EpochRecord
 
 QUIET = {"verbose": False}
 NB_KILLS = 20
@@ -30,12 +33,36 @@ class OtherDropout(Normed):
         self.dropout.p = 0.3
 
 
-def make_run(network=Normed, optimizer=None, scheduler=None, loss=None, preprocessing=(0.0, 1.0), **kwargs):
+class FrozenStem(Normed):
+    def __init__(self):
+        super().__init__()
+        self.conv1.requires_grad_(False)
+
+
+def two_groups(at):
+    def make(parameters):
+        parameters = list(parameters)
+        return torch.optim.SGD([{"params": parameters[:at]}, {"params": parameters[at:]}], 0.05, momentum=0.9)
+
+    return make
+
+
+def make_run(
+    network=Normed,
+    optimizer=None,
+    scheduler=None,
+    loss=None,
+    preprocessing=(0.0, 1.0),
+    clip_values=(0.0, 1.0),
+    **kwargs,
+):
     """A run with everything in it that is drawn at random: order, augmentation, ratio, random start, dropout."""
     torch.manual_seed(7)
     model = network()
     optimizer = (optimizer or (lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=5e-4)))(model.parameters())
-    classifier = make_classifier(model, optimizer=optimizer, loss=loss, preprocessing=preprocessing)
+    classifier = make_classifier(
+        model, optimizer=optimizer, loss=loss, preprocessing=preprocessing, clip_values=clip_values
+    )
     attacks = [make_attack(classifier, num_random_init=1), FastGradientMethod(classifier, eps=0.1)]
     settings = {
         "ratio": 0.7, "warmup": 2, "reselect_every": 2, "criticality_weight": 0.1, "budget": 0.4, "seed": 3,
@@ -100,6 +127,24 @@ class TestResume:
         resumed = make_run()
         assert_equal(fit(resumed, tmp_path, validation_data=make_data(20)), expected)
         assert without_seconds(resumed[0].history) == without_seconds(straight[0].history)
+
+    def test_weights_in_another_memory_format(self, tmp_path):
+        def network():
+            return Normed().to(memory_format=torch.channels_last)
+
+        expected = fit(make_run(network))
+        broken = make_run(network)
+        interrupt(broken[0], 20)
+        with pytest.raises(KeyboardInterrupt):
+            fit(broken, tmp_path)
+        assert_equal(fit(make_run(network), tmp_path), expected)
+
+    def test_a_loss_that_is_a_function(self, tmp_path):
+        def loss(logits, y):
+            return nn.functional.cross_entropy(logits, y if y.ndim == 1 else y.argmax(dim=1))
+
+        expected = fit(make_run(Chain, loss=loss), nb_epochs=2)
+        assert_equal(fit(make_run(Chain, loss=loss), tmp_path, nb_epochs=2), expected)
 
     def test_does_not_train_twice(self, tmp_path):
         broken = make_run()
@@ -298,6 +343,19 @@ class TestBest:
             again = self.fit_up_and_down(tmp_path / "best", restore_best=True)
             assert_equal(again.classifier.model.state_dict(), trainer.classifier.model.state_dict())
 
+    def test_is_the_first_of_equals(self, chain):
+        keeper = checkpoint.Keeper(chain, keeps_best=True)
+        for epoch, accuracy in enumerate((0.1, 0.5, 0.5)):
+            chain.first.bias.data.fill_(epoch)
+            record = EpochRecord(
+                epoch=epoch, stage="clat", loss=1.0, cross_entropy=1.0, criticality_loss=0.0, learning_rate=0.1,
+                seconds=1.0, train_clean_accuracy=None, train_robust_accuracy=0.5, clean_accuracy=0.6,
+                robust_accuracy=accuracy,
+            )  # fmt: skip
+            keeper.consider(record)
+        keeper.restore_best()
+        assert (chain.first.bias == 1).all()
+
     def test_needs_validation_data(self):
         with pytest.raises(ValueError, match="`restore_best` needs `validation_data`"):
             fit(make_run(), restore_best=True)
@@ -323,6 +381,8 @@ class TestOtherRuns:
             ({"loss": nn.CrossEntropyLoss(weight=torch.ones(4))}, "the loss is .* there, .*'weight'"),
             ({"network": OtherDropout}, "the architecture is"),
             ({"preprocessing": (0.1, 0.5)}, "the preprocessing is"),
+            ({"clip_values": (0.0, 2.0)}, "clip_values is"),
+            ({"network": FrozenStem}, r"the frozen parameters is \[\] there, \['conv1.weight'\]"),
         ],
     )
     def test_are_refused_with_the_difference(self, tmp_path, settings, match):
@@ -350,6 +410,102 @@ class TestOtherRuns:
         fit(make_run(), tmp_path, nb_epochs=2)
         with pytest.raises(ValueError, match=match):
             fit(make_run(), tmp_path, **{"nb_epochs": 2, **settings})
+
+    @pytest.mark.parametrize(
+        ("one", "other", "match"),
+        [
+            (
+                lambda o: lr.SequentialLR(o, [lr.LinearLR(o), lr.ExponentialLR(o, 0.9)], [1]),
+                lambda o: lr.SequentialLR(o, [lr.LinearLR(o), lr.ExponentialLR(o, 0.9)], [7]),
+                r"the scheduler is .*'_milestones': '\[1\]'.* there, .*'_milestones': '\[7\]'",
+            ),
+            (
+                lambda o: lr.ChainedScheduler([lr.ExponentialLR(o, 0.5)]),
+                lambda o: lr.ChainedScheduler([lr.ExponentialLR(o, 0.9)]),
+                "the scheduler is .*'gamma': 0.5.* there, .*'gamma': 0.9",
+            ),
+        ],
+    )
+    def test_other_schedulers_within_a_scheduler(self, tmp_path, one, other, match):
+        fit(make_run(scheduler=one), tmp_path, nb_epochs=2)
+        assert fit(make_run(scheduler=one), tmp_path, nb_epochs=2)
+        run = make_run(scheduler=other)
+        with pytest.raises(ValueError, match=match):
+            fit(run, tmp_path, nb_epochs=2)
+
+    def test_settings_of_an_augmentation_without_a_repr(self, tmp_path):
+        class Noise:
+            def __init__(self, size):
+                self.size = size
+
+            def __call__(self, image):
+                return image + self.size * torch.rand_like(image)
+
+        fit(make_run(Chain, augmentation=Noise(0.01)), tmp_path, nb_epochs=1)
+        assert fit(make_run(Chain, augmentation=Noise(0.01)), tmp_path, nb_epochs=1)
+        with pytest.raises(ValueError, match="augmentation is .*'size': '0.01'.* there, .*'size': '0.2'"):
+            fit(make_run(Chain, augmentation=Noise(0.2)), tmp_path, nb_epochs=1)
+
+    @pytest.mark.parametrize(
+        ("groups", "match"),
+        [
+            (lambda p: [{"params": p[:1], "momentum": 0.95}, {"params": p[1:]}], "group 1 is .*'momentum': '0.5'"),
+            (lambda p: [{"params": p[:1], "momentum": 0.5}, {"params": p[:0:-1]}], "group 2 is .*'in the order'"),
+        ],
+    )
+    def test_other_settings_or_order_within_a_group(self, tmp_path, groups, match):
+        def sgd(make):
+            return lambda parameters: torch.optim.SGD(make(list(parameters)), 0.05, momentum=0.9)
+
+        def first(p):
+            return [{"params": p[:1], "momentum": 0.5}, {"params": p[1:]}]
+
+        fit(make_run(optimizer=sgd(first)), tmp_path, nb_epochs=2)
+        with pytest.raises(ValueError, match=match):
+            fit(make_run(optimizer=sgd(groups)), tmp_path, nb_epochs=2)
+
+    def test_loss_with_parameters_is_refused(self, tmp_path):
+        class Scaled(nn.CrossEntropyLoss):
+            def __init__(self):
+                super().__init__()
+                self.temperature = nn.Parameter(torch.ones(()))
+
+        with pytest.raises(ValueError, match=r"`classifier.loss` has parameters of its own \(temperature\)"):
+            fit(make_run(Chain, loss=Scaled()), tmp_path)
+        assert not list(tmp_path.iterdir())
+        fit(make_run(Chain, loss=Scaled()), nb_epochs=1)
+
+    def test_other_groups_of_parameters(self, tmp_path):
+        fit(make_run(optimizer=two_groups(2)), tmp_path, nb_epochs=2)
+        with pytest.raises(ValueError, match="optimizer group 1 is .*'parameters': 2.* there, .*'parameters': 3"):
+            fit(make_run(optimizer=two_groups(3)), tmp_path, nb_epochs=2)
+
+    def test_another_decay_which_art_keeps_in_the_attack_that_it_wraps(self):
+        classifier = make_classifier(Chain())
+        attacks = [make_attack(classifier, decay=decay) for decay in (0.5, 0.9)]
+        facts = [checkpoint.describe(classifier, None, [attack]) for attack in attacks]
+        assert facts[0] != facts[1]
+
+    def test_addresses_of_objects_are_no_difference(self):
+        class Activated(Chain):
+            def __init__(self):
+                super().__init__()
+                self.activation = lambda x: x
+
+            def extra_repr(self):
+                return repr(self.activation)
+
+        models = [Activated(), Activated()]
+        assert repr(models[0]) != repr(models[1])
+        facts = [checkpoint.describe(make_classifier(model), None, []) for model in models]
+        assert facts[0] == facts[1]
+
+    def test_best_epoch_of_another_run(self, tmp_path):
+        for name, seed in (("here", 3), ("there", 4)):
+            fit(make_run(Chain, seed=seed), tmp_path / name, nb_epochs=1, validation_data=make_data(8))
+        (tmp_path / "there" / "best.safetensors").replace(tmp_path / "here" / "best.safetensors")
+        with pytest.raises(ValueError, match="holds another run: seed is 4 there, 3 here"):
+            fit(make_run(Chain), tmp_path / "here", nb_epochs=1, validation_data=make_data(8))
 
     def test_the_device_is_no_difference(self):
         """ART's preprocessing writes it in its `repr`; several processes have one each."""
@@ -429,6 +585,17 @@ class TestBadFiles:
         write(tmp_path / "last.safetensors", {"x": torch.zeros(3)}, content)
         with pytest.raises(ValueError, match="`checkpoint`"):
             fit(make_run(Chain), tmp_path)
+
+    def test_a_run_with_a_weight_missing_changes_nothing(self, tmp_path):
+        fit(make_run(Chain), tmp_path, nb_epochs=1)
+        tensors, content = read(tmp_path / "last.safetensors")
+        del tensors["head.bias"]
+        write(tmp_path / "last.safetensors", tensors, content)
+        run = make_run(Chain)
+        before = copy.deepcopy(state_of(run))
+        with pytest.raises(ValueError, match="does not hold a run: KeyError"):
+            fit(run, tmp_path, nb_epochs=1)
+        assert_equal(state_of(run), before)
 
     def test_json_that_is_nested_without_end(self, tmp_path, monkeypatch):
         monkeypatch.setattr(checkpoint.json, "dumps", lambda content: "[" * 100_000)
@@ -511,6 +678,15 @@ def test_every_kind_of_tensor_comes_back(tmp_path):
     back, text = read(tmp_path / "x")
     assert_equal(back, tensors)
     assert all(back[name].dtype == tensors[name].dtype for name in tensors) and text == content
+
+
+def test_state_comes_back_with_the_types_it_had():
+    state = {"betas": (0.9, 0.999), 3: [1, (2,)], "steps": Counter({4: 2}), "buffer": torch.ones(2), "none": None}
+    tensors = {}
+    back = checkpoint._unpacked(json.loads(json.dumps(checkpoint._packed(state, tensors, "state"))), tensors)
+    assert torch.equal(back.pop("buffer"), state.pop("buffer"))
+    assert back == state and isinstance(back["betas"], tuple) and isinstance(back[3][1], tuple)
+    assert isinstance(back["steps"], Counter)
 
 
 def test_shared_weights_are_saved_once(tmp_path):

@@ -259,6 +259,24 @@ class TestOptions:
         assert all(formats[4:])  # after the layers were found
         assert all(p.is_contiguous() for p in models[1].parameters())
 
+    def test_channels_last_is_how_the_momentum_is_stored_too(self, normed, data):
+        classifier = make_classifier(normed)
+        network, state = Network(classifier), classifier.optimizer.state
+        network.loss(*map(torch.tensor, data))[0].backward()
+        classifier.optimizer.step()
+        before = state[normed.conv2.weight]["momentum_buffer"].clone()
+        for inside, options in ((True, {"channels_last": True}), (False, {"channels_last": False})):
+            with network.accelerated(amp=False, compile=False, **options):
+                momentum = state[normed.conv2.weight]["momentum_buffer"]
+                assert momentum.is_contiguous(memory_format=torch.channels_last) is inside
+        assert momentum.is_contiguous() and torch.equal(momentum, before)
+
+    def test_options_end_with_their_context(self, normed, data):
+        network = Network(make_classifier(normed))
+        with network.accelerated(amp=True, compile=True, channels_last=False):
+            assert network._amp and network._compiled is not None
+        assert not network._amp and network._compiled is None
+
     def test_channels_last_of_a_users_own_is_kept(self, normed, data):
         normed.to(memory_format=torch.channels_last)
         weights_after(data, normed, channels_last=True)

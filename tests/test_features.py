@@ -59,6 +59,18 @@ def test_stopping_gives_the_same_features_and_input_gradients_bit_for_bit(chain,
     assert all(torch.equal(full, stopped) for full, stopped in zip(*results, strict=True))
 
 
+def test_distances_of_features_of_half_precision_are_measured_in_float32(chain, layers):
+    x, z = torch.rand(2, 5, *INPUT_SHAPE)
+    features, seen = Features(layers[:1]), []
+    with torch.autocast("cpu", torch.bfloat16):
+        for measured, data in ((features.keep, x), (features.compare, x + 0.01 * z)):
+            with tap([layers[0].output], lambda site, feature: seen.append(feature.clone())), measured():
+                chain(data)
+    distance = features.distance(layers[0], 5)
+    assert seen[0].dtype == torch.bfloat16 and distance.dtype == torch.float32
+    assert torch.equal(distance, torch.linalg.vector_norm(seen[1].float() - seen[0].float(), dim=(1, 2, 3)))
+
+
 def test_stopping_runs_nothing_after_the_last_layer(chain, layers):
     ran = []
     chain.hidden.register_forward_hook(lambda *_: ran.append("hidden"))

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from art_clat.features import Features
-from art_clat.layers import find_layers, is_weighted_model, only_trainable, train_only
+from art_clat.layers import find_layers, is_weighted_model, only_trainable, train_all, train_only
 
 
 def layers_of(model, *shape, **kwargs):
@@ -265,3 +265,16 @@ def test_norm_that_its_owner_has_frozen_keeps_its_statistics():
     model.bn2.requires_grad_(False)
     train_only(model, layers[1:2])
     assert not model.bn2.training
+    train_all(model)
+    assert not model.bn2.training and model.bn1.training and model.dropout.training and model.training
+
+
+def test_norms_of_a_weight_are_no_norms_and_stay_as_they_are():
+    """Spectral normalisation in training mode would move its estimate with every pass, clean or perturbed."""
+    model = nn.Sequential(parametrizations.spectral_norm(nn.Conv2d(2, 3, 3)), nn.Flatten(), nn.Linear(48, 4))
+    layer, head = layers_of(model, 2, 6, 6)
+    assert layer.name == "0" and head.is_head
+    train_only(model, [layer])
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model(torch.rand(2, 2, 6, 6))
+    assert before and all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())

@@ -24,10 +24,10 @@ def output_and_gradient(norm, x, upstream):
     return y.detach(), torch.autograd.grad(y, x, upstream)[0]
 
 
-@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("arguments", [{}, {"affine": False}, {"eps": 0.1}])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_frozen_norms_give_the_bits_that_torch_gives(affine, memory_format):
-    norm = trained_norm(affine=affine).requires_grad_(False)
+def test_frozen_norms_give_the_bits_that_torch_gives(arguments, memory_format):
+    norm = trained_norm(**arguments).requires_grad_(False)
     x, upstream = (torch.randn(5, 6, 7, 7).contiguous(memory_format=memory_format) for _ in range(2))
     expected = output_and_gradient(norm, x, upstream)
     with BatchNorms(Ranks()):
@@ -77,19 +77,21 @@ def test_frozen_norms_sum_nothing_and_keep_nothing():
     assert not any("batch_norm" in event.key for event in profile.key_averages())
 
 
-@pytest.mark.parametrize("part", ["weights", "statistics"])
+@pytest.mark.parametrize("part", ["weights", "bias", "statistics"])
 def test_norms_that_train_are_left_to_torch(part):
     norm, reference = trained_norm(), trained_norm()
     reference.load_state_dict(norm.state_dict())
     if part == "statistics":
         norm.train().requires_grad_(False), reference.train().requires_grad_(False)
+    if part == "bias":
+        norm.weight.requires_grad_(False), reference.weight.requires_grad_(False)
     x, upstream = torch.randn(5, 6, 7, 7), torch.randn(5, 6, 7, 7)
     expected = output_and_gradient(reference, x, upstream)
     with BatchNorms(Ranks()):
         assert all(map(torch.equal, output_and_gradient(norm, x, upstream), expected))
-        if part == "weights":
-            norm(x).sum().backward()
-            assert norm.weight.grad is not None
+        if part != "statistics":
+            norm(x.clone().requires_grad_()).sum().backward()
+            assert norm.bias.grad is not None and (norm.weight.grad is not None) == (part == "weights")
     assert torch.equal(norm.running_mean, reference.running_mean)
 
 

@@ -63,9 +63,28 @@ def test_loss_and_gradient_are_those_of_the_equations(chain, case, reading):
         torch.testing.assert_close(ours, reference, atol=1e-5, rtol=1e-4)
 
 
+class OwnBatchNorm(nn.Module):
+    """Another library's: none of torch's classes, but its statistics, and a count."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        for name, value in (("running_mean", torch.zeros(width)), ("running_var", torch.ones(width))):
+            self.register_buffer(name, value)
+        self.register_buffer("passes", torch.tensor(0))
+
+    def forward(self, x):
+        self.passes += self.training
+        return nn.functional.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.2
+        )
+
+
 @pytest.mark.parametrize("reading", ["adversarial", "clean"])
-def test_statistics_are_those_of_the_pass_with_the_cross_entropy(normed, data, reading):
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, OwnBatchNorm])
+def test_statistics_are_those_of_the_pass_with_the_cross_entropy(normed, data, reading, norm):
     """At λ = 0 the "adversarial" objective is adversarial training of the chosen layers, BatchNorm and all."""
+    normed.bn2 = norm(6)
     network = Network(make_classifier(normed))
     chosen = [
         layer
@@ -102,6 +121,28 @@ def test_inner_attack_of_eq_5_ascends_the_feature_distance_not_the_loss(chain, c
     assert on_features.mean() > 1.05 * on_output.mean()
     assert (on_features > at_random).all()
     assert loss[0] < loss[1]
+
+
+@pytest.mark.parametrize("cls", [AdversarialTraining, TRADES, MART])
+def test_whole_networks_are_trained_on_the_preprocessing_of_training(case, monkeypatch, cls):
+    network, chosen, x, x_adv, y = case
+    loss, fits = network.loss, []
+    monkeypatch.setattr(network, "loss", lambda *args, fit=False: fits.append(fit) or loss(*args, fit=fit))
+    for layers, fit in ((None, True), (chosen, False)):
+        fits.clear()
+        cls(network, layers).loss(x, x_adv, y)
+        assert fits == [fit] * len(fits) and fits
+
+
+@pytest.mark.parametrize("single_step", [False, True])
+def test_inner_attack_of_eq_5_has_no_momentum(case, single_step):
+    network, chosen, x, _, y = case
+    found = []
+    for decay in (None, 0.9):
+        torch.manual_seed(0)
+        attack = OutputAttack(make_attack(network.classifier, decay=decay, norm=2, eps=0.5, eps_step=0.2), network)
+        found.append(CleanCLAT(network, chosen, WEIGHT, single_step=single_step).perturb(attack, x, y))
+    assert torch.equal(*found)
 
 
 def test_inner_attack_of_eq_5_ignores_the_labels(case):

@@ -88,6 +88,48 @@ class TestHabitsOfART:
         assert trainer.history.selections[0].measured.nb_samples == 32
         assert moved(chain, before)
 
+    def test_a_last_batch_of_a_generator_that_is_smaller_is_trained_on_too(self, chain, data):
+        trainer, sizes = make_trainer(make_classifier(chain)), []
+        step = trainer._step
+        trainer._step = lambda stage, guard, x, *args: sizes.append(len(x)) or step(stage, guard, x, *args)
+        dataset = torch.utils.data.TensorDataset(torch.tensor(data[0][:35]), torch.tensor(data[1][:35]))
+        loader = torch.utils.data.DataLoader(dataset, batch_size=16)
+        trainer.fit_generator(PyTorchDataGenerator(loader, size=35, batch_size=16), nb_epochs=1, **QUIET)
+        assert sizes == [16, 16, 3]
+
+    def test_an_augmentation_in_place_leaves_a_generators_data_alone(self, chain, data):
+        x = data[0].copy()
+        trainer = make_trainer(make_classifier(chain), augmentation=lambda image: image.mul_(0.5))
+        trainer.fit_generator(NumpyDataGenerator(x, data[1], batch_size=16), nb_epochs=1, **QUIET)
+        np.testing.assert_array_equal(x, data[0])
+
+    def test_warm_up_leaves_a_norm_that_was_frozen_alone(self, normed, data):
+        normed.bn2.requires_grad_(False)
+        before = snapshot(normed)
+        make_trainer(make_classifier(normed), warmup=1).fit(*data, batch_size=16, nb_epochs=1, **QUIET)
+        assert not {name for name in moved(normed, before) if name.startswith("bn2")}
+        assert {"bn1.running_mean", "bn3.weight", "conv2.weight"} <= set(moved(normed, before))
+
+    def test_validation_counts_every_batch(self, chain, data):
+        classifier = make_classifier(chain)
+        x, y = np.tile(data[0], (11, 1, 1, 1)), np.tile(data[1], 11)  # of 528 samples, 256 at once
+        trainer = make_trainer(classifier)
+        trainer.fit(*data, validation_data=(x, y), nb_epochs=1, batch_size=16, **QUIET)
+        assert trainer.history.epochs[0].clean_accuracy == (classifier.predict(x).argmax(1) == y).mean()
+
+    def test_models_that_hide_their_layers_or_gradients_are_refused(self, data):
+        compiled = make_classifier(torch.compile(Chain(), backend="eager"))
+        recomputing = make_classifier(Chain())
+        recomputing.model.hidden.grad_checkpointing = True
+        for classifier, match in (
+            (compiled, "it has been through `torch.compile`"),
+            (recomputing, "hidden recomputes"),
+        ):
+            before = snapshot(classifier.model)
+            with pytest.raises(ValueError, match=match):
+                make_trainer(classifier, warmup=1).fit(*data, nb_epochs=1, **QUIET)
+            assert not moved(classifier.model, before)
+
     def test_several_attacks_are_rotated(self, chain, data):
         classifier = make_classifier(chain)
         attacks = [FastGradientMethod(classifier, eps=0.1), BasicIterativeMethod(classifier, 0.1, 0.05, 2)]
