@@ -4,15 +4,16 @@ import datetime
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
 from art.data_generators import NumpyDataGenerator
-from conftest import NB_CLASSES, Chain, Normed, make_attack, make_classifier, make_data
+from conftest import NB_CLASSES, Chain, Normed, OwnBatchNorm, make_attack, make_classifier, make_data
 from torch import nn
 from torchvision.transforms import v2
 
-from art_clat import AdversarialTrainerCLATPyTorch
+from art_clat import AdversarialTrainerCLATPyTorch, checkpoint
 from art_clat.distributed import Ranks, _leave
 
 #: By name: what the trainer and what `fit` is given. 50 samples in batches of 16 leave a last batch of 2.
@@ -28,14 +29,16 @@ CONFIGURATIONS = {
         {"first_stage": "mart", "objective": "mart", "selection": "module_robustness_highest", "ema_decay": 0.8},
         {},
     ),
-    "two attacks, one through NumPy": ({"numpy": True}, {"drop_last": True}),
+    "two attacks, one through NumPy": ({"numpy": True, "norm": OwnBatchNorm}, {"drop_last": True}),
 }
 
 
-def make_trainer(*, numpy=False, dropout=0.0, **kwargs):
+def make_trainer(*, numpy=False, dropout=0.0, norm=None, **kwargs):
     torch.manual_seed(int(os.environ.get("RANK", 0)))  # each process its own weights: the first one's count
     model = Normed()
     model.dropout.p = dropout
+    model.bn2.momentum = 0.3
+    model.bn3 = norm(6) if norm else model.bn3
     classifier = make_classifier(model)
     attacks = [make_attack(classifier, num_random_init=1)]
     if numpy:
@@ -93,7 +96,10 @@ def refuse(output):
         "other momentum": lambda: fit(make_trainer_with(momentum=rank)),
         "checkpoint of one only": lambda: fit(trainer, checkpoint=f"{folder}/x" if rank == 0 else None),
         "folder of one only": lambda: fit(make_trainer(seed=None), checkpoint=f"{folder}/y", nb_epochs=2),
-        "norm without statistics": lambda: fit(make_trainer_with(model=no_statistics())),
+        "ignored class": lambda: fit(make_trainer_with(loss=nn.CrossEntropyLoss(ignore_index=0))),
+        "loss with parameters": lambda: fit(make_trainer_with(loss=LearningLoss())),
+        "norm without statistics": lambda: fit(make_trainer_with(model=with_norm(nn.BatchNorm2d, False))),
+        "norm of samples with statistics": lambda: fit(make_trainer_with(model=with_norm(nn.InstanceNorm2d, True))),
         "a loss that is not finite in one": lambda: fit(make_trainer_with(factor=float("nan") if rank else 1.0)),
     }.items():
         try:
@@ -119,10 +125,16 @@ def lone_trainer():
     return trainer
 
 
-def no_statistics():
+def with_norm(cls, track_running_stats):
     model = Normed()
-    model.bn2 = nn.BatchNorm2d(6, track_running_stats=False)
+    model.bn2 = cls(6, track_running_stats=track_running_stats)
     return model
+
+
+class LearningLoss(nn.CrossEntropyLoss):
+    def __init__(self):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(()))
 
 
 def make_trainer_with(*, model=None, loss=None, momentum=0, factor=None):
@@ -136,16 +148,33 @@ def make_trainer_with(*, model=None, loss=None, momentum=0, factor=None):
     return AdversarialTrainerCLATPyTorch(classifier, make_attack(classifier), warmup=2, seed=0)
 
 
-def hooks_left():
-    trainer = make_trainer(dropout=0.3)
+def hooks_left(output):
+    trainer = make_trainer(dropout=0.3, seed=None)
     before = {name: p.requires_grad for name, p in trainer.classifier.model.named_parameters()}
-    fit(trainer)
+    seen, left_out, written = [], [], []
+    step, write, dropout = trainer._step, checkpoint.write, trainer.classifier.model.dropout
+    trainer._step = lambda stage, guard, x, *args: (
+        seen.append(x.sum((1, 2, 3)).tolist()) or step(stage, guard, x, *args)
+    )
+    checkpoint.write = lambda *args: written.append(1) or write(*args)
+
+    def drop(x):
+        y = nn.functional.dropout(x, dropout.p, dropout.training)
+        if dropout.training:
+            left_out.append((y == 0).flatten().tolist())
+        return y
+
+    dropout.forward = drop
+    fit(trainer, checkpoint=f"{output}-checkpoint")
     modules = trainer.classifier.model.modules()
     return {
         "hooks": sum(len(m._forward_hooks) + len(m._backward_hooks) + len(m._forward_pre_hooks) for m in modules),
         "flags": before == {name: p.requires_grad for name, p in trainer.classifier.model.named_parameters()},
         "state": outcome(trainer)["state"],
         "threads": threads_left(),
+        "seen": [value for batch in seen[:4] for value in batch],  # four batches are an epoch
+        "left out": left_out[0],
+        "written": len(written),
     }
 
 
@@ -160,21 +189,24 @@ def main():
     task, output = sys.argv[1:3]
     torch.set_num_threads(1)
     rank = int(os.environ.get("RANK", 0))
-    if task == "die":  # outside of torchrun, which would end the others
+    if task in ("die", "hang"):  # outside of torchrun, which would end the others
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+        if task == "hang":
+            join = Ranks.join
+            Ranks.join = classmethod(lambda cls, device: join(device, datetime.timedelta(seconds=5)))
         trainer = make_trainer()
         step, steps = trainer._step, []
 
         def dying(*args):
             steps.append(1)
             if len(steps) == 11 and rank == 1:
-                os._exit(9)
+                os._exit(9) if task == "die" else time.sleep(600)
             return step(*args)
 
         trainer._step = dying
         fit(trainer, checkpoint=output, checkpoint_every=1)
         return
-    result = {"compare": compare, "refuse": lambda: refuse(output), "hooks": hooks_left}[task]()
+    result = {"compare": compare, "refuse": lambda: refuse(output), "hooks": lambda: hooks_left(output)}[task]()
     with open(f"{output}-{rank}.json", "w") as file:
         json.dump(result, file)
 

@@ -85,37 +85,63 @@ def test_what_cannot_be_shared_is_refused_in_every_process(tmp_path):
         assert "differ in the optimizer's state" in messages.pop("other momentum")
         assert "differ in checkpoint: all" in messages.pop("checkpoint of one only")
         assert "differ in the checkpoint: all" in messages.pop("folder of one only")
+        assert "ignores the class 0" in messages.pop("ignored class")
+        assert "has parameters of its own (temperature)" in messages.pop("loss with parameters")
+        assert "bn2 keeps running statistics of single samples" in messages.pop("norm of samples with statistics")
         assert "bn2 has no running statistics" in messages.pop("norm without statistics")
         assert messages.pop("a loss that is not finite in one").startswith("FloatingPointError")
         assert not messages
 
 
 def test_the_model_comes_back_as_it_was_and_equal_everywhere(tmp_path):
-    """Also with dropout, which leaves out other units in every process."""
+    """Also with dropout, which leaves out other units in every process, and a seed that one of them draws for all."""
     first, second = results(tmp_path, "hooks", 2)
     assert first["hooks"] == second["hooks"] == 0
     assert first["threads"] == second["threads"] == 0
     assert first["flags"] and second["flags"]
     assert first["state"] == second["state"]
+    assert first["left out"] != second["left out"] and len(first["left out"]) == len(second["left out"])
+    every = distributed_run.make_data(50)[0].sum((1, 2, 3))
+    np.testing.assert_allclose(sorted(first["seen"] + second["seen"]), np.sort(every), rtol=1e-5)
+    assert first["written"] > 0 and second["written"] == 0
 
 
-def test_a_process_that_dies_ends_the_run_which_goes_on_with_one_process(tmp_path, one_process):
+def start_two(task, folder):
+    """Start two processes by hand."""
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    processes = [
+    return [
         subprocess.Popen(
-            [sys.executable, SCRIPT, "die", tmp_path / "run"],
+            [sys.executable, SCRIPT, task, folder / "run"],
             env={**environment, "RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(2)
     ]
+
+
+def end(processes):
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+
+
+def test_a_process_that_hangs_is_not_waited_for_forever(tmp_path):
+    processes = start_two("hang", tmp_path)
+    try:
+        _, message = processes[0].communicate(timeout=150)  # of torch's own half an hour
+    finally:
+        end(processes)
+    assert processes[0].returncode == 1 and processes[1].returncode == -signal.SIGKILL
+    assert "ConnectionError: Process 0 of 2 has lost another one, which died or did not answer" in message
+
+
+def test_a_process_that_dies_ends_the_run_which_goes_on_with_one_process(tmp_path, one_process):
+    processes = start_two("die", tmp_path)
     try:
         _, message = processes[0].communicate(timeout=150)  # a hang, not slowness, would take this long
     finally:
-        for process in processes:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
+        end(processes)
     assert processes[0].returncode == 1 and processes[1].returncode == 9
     assert "ConnectionError: Process 0 of 2 has lost another one" in message and "With `checkpoint=`" in message
     trainer = distributed_run.make_trainer()

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from conftest import INPUT_SHAPE, make_attack, make_classifier
+from conftest import INPUT_SHAPE, OwnBatchNorm, make_attack, make_classifier
 from torch import nn
 
 from art_clat.attacks import OutputAttack
@@ -61,23 +61,6 @@ def test_loss_and_gradient_are_those_of_the_equations(chain, case, reading):
     torch.testing.assert_close(got.logits, chain.features(on)["head"].detach())
     for ours, reference in zip(torch.autograd.grad(got.loss, parameters), expected_gradients, strict=True):
         torch.testing.assert_close(ours, reference, atol=1e-5, rtol=1e-4)
-
-
-class OwnBatchNorm(nn.Module):
-    """Another library's: none of torch's classes, but its statistics, and a count."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
-        for name, value in (("running_mean", torch.zeros(width)), ("running_var", torch.ones(width))):
-            self.register_buffer(name, value)
-        self.register_buffer("passes", torch.tensor(0))
-
-    def forward(self, x):
-        self.passes += self.training
-        return nn.functional.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.2
-        )
 
 
 @pytest.mark.parametrize("reading", ["adversarial", "clean"])
