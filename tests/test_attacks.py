@@ -59,7 +59,7 @@ def test_gradients_that_are_not_numbers_count_as_zero_as_in_art(data):
 
     classifier = make_classifier(Poisoned())
     x, y = data[0].clip(0.2, 0.8), data[1]
-    attack = make_attack(classifier)
+    attack = make_attack(classifier, norm=2, eps=0.5, eps_step=0.2)
     ours = run(attack, classifier, x, y)
     assert (ours[:, 0, 0, 0] == x[:, 0, 0, 0]).all() and np.abs(ours - x).max() > 0.05
     np.testing.assert_allclose(ours, attack.generate(x, y), atol=1e-6)
