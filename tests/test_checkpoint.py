@@ -157,15 +157,16 @@ class TestResume:
         fit(resumed, tmp_path)
         assert len(steps) == 36 - 18  # six batches an epoch, saved after every second
 
-    def test_the_same_objects_can_go_on(self, tmp_path):
+    @pytest.mark.parametrize("scheduler", [None, lambda o: lr.CosineAnnealingWarmRestarts(o, 2, T_mult=2)])
+    def test_the_same_objects_can_go_on(self, tmp_path, scheduler):
         """As in a notebook: the scheduler has changed the learning rate when `fit` is called again."""
-        run = make_run()
+        run = make_run(scheduler=scheduler)
         step = run[0]._step
         interrupt(run[0], 29)
         with pytest.raises(KeyboardInterrupt):
             fit(run, tmp_path)
         run[0]._step = step
-        assert_equal(fit(run, tmp_path), fit(make_run()))
+        assert_equal(fit(run, tmp_path), fit(make_run(scheduler=scheduler)))
 
     def test_a_finished_run_is_given_back_as_it_ended(self, tmp_path):
         first = make_run()
