@@ -114,6 +114,15 @@ def interrupt(trainer, at):
     trainer._step = failing
 
 
+def fit_in_two_goes(network, folder, at):
+    """Fit a network, interrupted in batch number `at`, and another one that goes on."""
+    broken = make_run(network)
+    interrupt(broken[0], at)
+    with pytest.raises(KeyboardInterrupt):
+        fit(broken, folder)
+    return fit(make_run(network), folder)
+
+
 class TestResume:
     @pytest.mark.parametrize("at", [1, 5, 7, 13, 20, 29, 36])
     def test_continues_as_if_nothing_had_happened(self, tmp_path, at):
@@ -132,12 +141,7 @@ class TestResume:
         def network():
             return Normed().to(memory_format=torch.channels_last)
 
-        expected = fit(make_run(network))
-        broken = make_run(network)
-        interrupt(broken[0], 20)
-        with pytest.raises(KeyboardInterrupt):
-            fit(broken, tmp_path)
-        assert_equal(fit(make_run(network), tmp_path), expected)
+        assert_equal(fit_in_two_goes(network, tmp_path, 20), fit(make_run(network)))
 
     def test_a_loss_that_is_a_function(self, tmp_path):
         def loss(logits, y):
@@ -696,9 +700,4 @@ def test_shared_weights_are_saved_once(tmp_path):
             super().__init__()
             self.again = self.first
 
-    expected = fit(make_run(Tied))
-    broken = make_run(Tied)
-    interrupt(broken[0], 15)
-    with pytest.raises(KeyboardInterrupt):
-        fit(broken, tmp_path)
-    assert_equal(fit(make_run(Tied), tmp_path), expected)
+    assert_equal(fit_in_two_goes(Tied, tmp_path, 15), fit(make_run(Tied)))
