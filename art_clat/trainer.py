@@ -262,8 +262,8 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
                epoch if it is smaller than the others (default `False`).
         :raises TypeError: If `kwargs` holds another option, `scheduler` is no scheduler, or the state of scheduler or
                 optimiser cannot be saved without pickle.
-        :raises ValueError: If the data are unusable, the optimiser does not hold a layer that may be chosen, the network
-                is compiled or recomputes activations, or `checkpoint` holds another run or a damaged file.
+        :raises ValueError: If the data are unusable, the optimiser does not hold a layer that may be chosen, the
+                network is compiled or recomputes activations, or `checkpoint` holds another run or a damaged file.
         :raises OSError: If `checkpoint` cannot be written to.
         :raises FloatingPointError: If the loss or its gradient is not finite; the last weights seen finite stay in
                 place. They are looked at after every batch, on a GPU after every fiftieth.
