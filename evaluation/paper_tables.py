@@ -751,6 +751,47 @@ def plot_best_against_last(config, arms, found, path):
     save(ax, path)
 
 
+def trained_share(config, found):
+    """
+    Give what robust overfitting is set against: by objective and learning-rate factor the arms' shares of trained
+    parameters and their test PGD-20 accuracies after the last epoch, one a seed. Arms of other first stages, without
+    further epochs or with averaged weights are left out.
+    """
+    groups = {}
+    for name in found:
+        arm, runs = resolve(config, name), done(found[name]).values()
+        trainer = arm.get("trainer", {})
+        if not runs or "base" in arm or arm.get("epochs") == 0 or "ema_decay" in trainer:
+            continue
+        objective = "pgd_at" if arm.get("whole_network") else trainer["objective"]
+        factor = next(iter(runs))["tuned"].get("lr", arm.get("lr"))
+        share = 100 * np.mean([run["trainable_share"] for run in runs])
+        accuracies = [100 * run["results"]["last"]["pgd20"] for run in runs]
+        groups.setdefault((objective, factor), []).append((share, accuracies))
+    return groups
+
+
+def plot_trained_share(groups, path):
+    """Draw test accuracy against the share of the parameters that is trained; colours are objectives."""
+    from art_clat.plots import new_axes, save
+
+    ax = new_axes(width=7.5, height=4.2)
+    colours = {objective: f"C{at}" for at, objective in enumerate(dict.fromkeys(objective for objective, _ in groups))}
+    markers = dict(zip(sorted({factor for _, factor in groups}), itertools.cycle("osD^v"), strict=False))
+    for (objective, factor), arms in groups.items():
+        shares, means = zip(*((share, np.mean(accuracies)) for share, accuracies in arms), strict=True)
+        halves = [interval(accuracies)[1] if len(accuracies) > 2 else 0 for _, accuracies in arms]
+        ax.errorbar(
+            shares, means, yerr=halves, fmt=markers[factor], color=colours[objective], alpha=0.75, elinewidth=0.8,
+            label=f"{objective}, learning rate × {factor:g}",
+        )  # fmt: skip
+    ax.set_xscale("log")
+    ax.set_xlabel("parameters trained [%]")
+    ax.set_ylabel("PGD-20 accuracy [%], last epoch")
+    ax.figure.legend(loc="outside upper center", ncols=3, fontsize=8)
+    save(ax, path)
+
+
 def _circumstances(bench):
     preset, model = bench.preset, make_model(bench.preset, 0)
     first, more, parameters = preset["first_stage_epochs"], preset["epochs"], sum(p.numel() for p in model.parameters())
@@ -763,6 +804,23 @@ def _circumstances(bench):
         f"{preset['attack_steps']} steps of {255 * preset['eps_step']:.3g}/255 from a random start. Layers are chosen "
         f"every {preset['reselect_every']} epochs, on {preset['selection_samples']} training images."
     )
+
+
+def _overfitting(groups, path):
+    """Draw accuracy against trained share, and give its rank correlation among the most arms that differ in no more."""
+    from scipy import stats
+
+    plot_trained_share(groups, path)
+    text = f"![Accuracy against the share of the parameters that is trained]({path.name})"
+    (objective, factor), arms = max(groups.items(), key=lambda group: len(group[1]))
+    if len(arms) > 2:
+        rho = stats.spearmanr([share for share, _ in arms], [np.mean(accuracies) for _, accuracies in arms]).statistic
+        text += (
+            f"\n\nTest PGD-20 accuracy after the last epoch and the share of the parameters that is trained, over the "
+            f"{len(arms)} arms with the objective `{objective}` and the learning-rate factor {factor:g}: Spearman's "
+            f"ρ = {rho:.2f}."
+        )
+    return text
 
 
 def _versions(run):
@@ -843,6 +901,8 @@ def aggregate(bench):
         file = f"best-against-last-{name}.png"
         plot_best_against_last(config, content["arms"], found, bench.results / file)
         text += [f"![Best against last epoch, table {name}]({file})"]
+    if groups := trained_share(config, found):
+        text += [_overfitting(groups, bench.results / "trained-share.png")]
     _write(bench.results / "results.md", lambda path: path.write_text("\n\n".join(text) + "\n", encoding="utf-8"))
     print("\n\n".join(text))
 
