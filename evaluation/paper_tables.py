@@ -751,17 +751,17 @@ def plot_best_against_last(config, arms, found, path):
     save(ax, path)
 
 
-def trained_share(config, found):
+def trained_share(config, found, seeds):
     """
     Give what robust overfitting is set against: by objective and learning-rate factor the arms' shares of trained
-    parameters and their test PGD-20 accuracies after the last epoch, one a seed. Arms of other first stages, without
-    further epochs or with averaged weights are left out.
+    parameters and their test PGD-20 accuracies after the last epoch, one a seed. Arms that have not all seeds are left
+    out, and those of other first stages, without further epochs or with averaged weights.
     """
     groups = {}
     for name in found:
         arm, runs = resolve(config, name), done(found[name]).values()
         trainer = arm.get("trainer", {})
-        if not runs or "base" in arm or arm.get("epochs") == 0 or "ema_decay" in trainer:
+        if len(runs) < len(seeds) or "base" in arm or arm.get("epochs") == 0 or "ema_decay" in trainer:
             continue
         objective = "pgd_at" if arm.get("whole_network") else trainer["objective"]
         factor = next(iter(runs))["tuned"].get("lr", arm.get("lr"))
@@ -807,18 +807,19 @@ def _circumstances(bench):
 
 
 def _overfitting(groups, path):
-    """Draw accuracy against trained share, and give its rank correlation among the most arms that differ in no more."""
+    """Draw accuracy against trained share, and give their rank correlation among arms that differ in nothing else."""
     from scipy import stats
 
     plot_trained_share(groups, path)
     text = f"![Accuracy against the share of the parameters that is trained]({path.name})"
-    (objective, factor), arms = max(groups.items(), key=lambda group: len(group[1]))
+    alike = {factor: arms for (objective, factor), arms in groups.items() if objective == "pgd_at"}  # it has no λ
+    factor, arms = max(alike.items(), key=lambda group: len(group[1]), default=(None, []))
     if len(arms) > 2:
         rho = stats.spearmanr([share for share, _ in arms], [np.mean(accuracies) for _, accuracies in arms]).statistic
         text += (
             f"\n\nTest PGD-20 accuracy after the last epoch and the share of the parameters that is trained, over the "
-            f"{len(arms)} arms with the objective `{objective}` and the learning-rate factor {factor:g}: Spearman's "
-            f"ρ = {rho:.2f}."
+            f"{len(arms)} arms with PGD-AT's own loss and the learning-rate factor {factor:g}: Spearman's ρ = "
+            f"{rho:.2f}."
         )
     return text
 
@@ -901,7 +902,7 @@ def aggregate(bench):
         file = f"best-against-last-{name}.png"
         plot_best_against_last(config, content["arms"], found, bench.results / file)
         text += [f"![Best against last epoch, table {name}]({file})"]
-    if groups := trained_share(config, found):
+    if groups := trained_share(config, found, seeds):
         text += [_overfitting(groups, bench.results / "trained-share.png")]
     _write(bench.results / "results.md", lambda path: path.write_text("\n\n".join(text) + "\n", encoding="utf-8"))
     print("\n\n".join(text))

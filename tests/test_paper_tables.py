@@ -307,7 +307,8 @@ def test_what_the_second_stage_did_is_in_the_histories(done):
 def test_robust_overfitting_is_set_against_the_share_that_is_trained(done):
     found = paper_tables.collect(done, [*ARMS, "clat", "start", "d_trades"], [0, 1])
     found["start"] = found["d_trades"] = found["pgd_at"]  # neither is an arm's second stage from PGD-AT
-    groups = paper_tables.trained_share(done.config, found)
+    found["pgd_at_tenth"] = {0: found["pgd_at"][0]}  # one seed of two
+    groups = paper_tables.trained_share(done.config, found, [0, 1])
     tuned = read(done, "clat_random", 0)["tuned"]["lr"]
     assert set(groups) == {("pgd_at", 1.0), ("adversarial", tuned)}
     ((share, accuracies),) = groups["adversarial", tuned]
@@ -321,9 +322,10 @@ def test_overfitting_is_correlated_among_arms_that_differ_in_no_more(tmp_path):
     groups = {
         ("pgd_at", 0.2): [(1.0, [20.0, 22.0]), (9.0, [18.0, 21.0]), (50.0, [19.0, 16.0])],
         ("pgd_at", 1.0): [(2.0, [5.0, 6.0]), (3.0, [50.0, 60.0])],
+        ("adversarial", 0.2): [(share, [share, share]) for share in (1.0, 2.0, 3.0, 4.0)],  # these may differ in λ
     }
     text = paper_tables._overfitting(groups, tmp_path / "share.png")
-    assert "over the 3 arms with the objective `pgd_at` and the learning-rate factor 0.2: Spearman's ρ = -1.00" in text
+    assert "over the 3 arms with PGD-AT's own loss and the learning-rate factor 0.2: Spearman's ρ = -1.00." in text
     assert (tmp_path / "share.png").stat().st_size > 1000
     del groups["pgd_at", 0.2]
     assert "Spearman" not in paper_tables._overfitting(groups, tmp_path / "share.png")
