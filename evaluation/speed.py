@@ -5,10 +5,10 @@ What an epoch costs: ART's trainers against this package's, side by side in one 
     python evaluation/speed.py --device cuda --batch-size 128 --batches 8
     python evaluation/speed.py --preset smoke      # a minute; shows that it runs, not how fast
 
-Contenders alternate within every repeat, so that a machine that is busy for a while is busy for all; a figure is the
-median over the repeats, a ratio is one of medians of the same run. Data are random: nothing here depends on accuracy.
-Results are kept as JSON, model by model: the same command skips what is done, and ``--tables-only`` writes the Markdown
-anew from what there is.
+Contenders take turns within every repeat, in random order, so that a machine that is busy for a while is busy for all;
+a figure is the median over the repeats, a ratio is one of medians of the same run. Data are random: nothing depends
+on accuracy. Results are kept as JSON, model by model: the same command skips what is done, and ``--tables-only`` writes
+the Markdown anew from what there is.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import json
 import logging
 import os
 import platform
+import random
 import shlex
 import statistics
 import sys
@@ -212,15 +213,17 @@ class Bench:
             trainer.fit(self.x, self.y, batch_size=self.args.batch_size, nb_epochs=1, verbose=False)
 
     def run(self):
-        """Time everything, alternating."""
+        """Time everything, in turn."""
         positions, shares = self.layers_at()
         made = self.contenders(positions)
         jobs = {name: lambda name=name, trainer=trainer: self.epoch(name, trainer) for name, trainer in made.items()}
         jobs |= self.forward_and_criticality(positions)
         seconds = {name: [] for name in jobs}
         failed = {}
+        order = random.Random(self.args.seed)  # another one in each repeat: none always runs after the same other
         for repeat in range(-1, self.args.repeats):  # the first one warms up
-            for name, job in jobs.items():
+            for name in order.sample(list(jobs), len(jobs)):
+                job = jobs[name]
                 if name in failed:
                     continue
                 started = time.perf_counter()
@@ -347,8 +350,8 @@ def tables(results, setting):
     lines = ["# What an epoch costs", ""]
     lines += [
         f"{setting['machine']}, {setting['device']}; {setting['date']}; batches of {setting['batch size']} images of "
-        f"3×32×32, PGD with {ATTACK['max_iter']} steps; medians of {setting['repeats']} "
-        "repeats, contenders alternating. `F` is the time of the plain forward pass (no gradients, evaluation mode, "
+        f"3×32×32, PGD with {ATTACK['max_iter']} steps; medians of {setting['repeats']} repeats, contenders taking "
+        "turns in random order. `F` is the time of the plain forward pass (no gradients, evaluation mode, "
         f"the faster of {setting['batch size']} and {CHUNK} images at once) over the same images. `FLOPs` are counted "
         "by `torch.utils.flop_counter` (too many for the weight gradients of depth-wise convolutions), in forward "
         "passes; the column after it is measured time over the time that they would take at the plain forward pass's "
