@@ -8,7 +8,7 @@ The evidence: arms × seeds from paper_tables.toml, one JSON a run, then tables 
 ``run`` skips what is done, continues what was killed, and may be started several times at once: every job is taken by
 one process. All arms of a seed go on from the same first-stage checkpoint, for as many epochs, with the same data
 order, schedule and attack. λ and learning rate are tuned on validation images with seeds of their own; the test images
-are looked at once, at the end of a run. A run that crashes is recorded as failed, and ``aggregate`` says so.
+are looked at once, at the end of a run. What crashes is recorded as failed, and ``aggregate`` says so.
 ``stability`` measures the criticality of the first stages' layers again and again, for table E.
 """
 
@@ -314,7 +314,7 @@ class Bench:
             _, validation, _ = load_data(self.preset, seed, self.data)
             report = self._evaluate(trainer.classifier.model, *validation, autoattack=None, seed=seed)
             result |= {"clean": report.clean_accuracy, "pgd20": report.pgd_accuracy, **_trained(trainer)}
-        except FloatingPointError as error:  # these values are not to be chosen
+        except FloatingPointError as error:  # it diverged: these values are not to be chosen
             result |= {"pgd20": None, "error": str(error)}
         _write_json(self.tuning_file(name, values, seed), result)
 
@@ -332,37 +332,50 @@ class Bench:
 
     def tuning_scores(self, owner, values):
         """Give the validation PGD-20 accuracy of every tuning seed: −∞ if it diverged, `None` for a missing one."""
-        files = [self.tuning_file(owner, values, seed) for seed in self.preset["tuning_seeds"]]
-        found = [self.read(file, resolve(self.config, owner)) for file in files]
+        found = self._tuning_results(owner, values)
+        found = [None if result and result.get("status") == "failed" else result for result in found]
         return [result and (-np.inf if "error" in result else result["pgd20"]) for result in found]
+
+    def failed_tuning(self, name):
+        """Give the errors of the tuning runs of an arm that crashed."""
+        owner = resolve(self.config, name)["tuned_by"]
+        found = [
+            result for values in grid(self.config["arms"][owner]) for result in self._tuning_results(owner, values)
+        ]
+        return [result["error"] for result in found if result and result.get("status") == "failed"]
+
+    def _tuning_results(self, owner, values):
+        files = [self.tuning_file(owner, values, seed) for seed in self.preset["tuning_seeds"]]
+        return [self.read(file, resolve(self.config, owner)) for file in files]
 
     def run(self, name, seed):
         """Make one run of an arm, evaluate its last and its best epoch, and write the result."""
-        path, arm, tuned = self.run_file(name, seed), resolve(self.config, name), self.tuned(name)
+        arm, tuned = resolve(self.config, name), self.tuned(name)
         result = {"arm": name, "title": arm["title"], "seed": seed, "tuned": tuned, **self._setting(arm)}
-        try:
-            trainer, best = self.second_stage(name, seed, **tuned)
-            train, _, test = load_data(self.preset, seed, self.data)
-            history, model = trainer.history, trainer.classifier.model
-            same = all(torch.equal(value.cpu(), best[key].cpu()) for key, value in model.state_dict().items())
-            result["results"] = {"last": self._measure(model, train, test, seed)}
-            if not same:
-                model.load_state_dict(best)
-            result["results"]["best"] = self._measure(model, train, test, seed) if not same else None
-            if same:
-                result["results"]["best"] = result["results"]["last"]
-            result |= {
-                "status": "done",
-                "best_epoch": history.best_epoch,
-                **_trained(trainer),
-                "seconds_per_epoch": sum(record.seconds for record in [*history.epochs, *history.selections])
-                / max(1, len(history.epochs)),
-                "history": json.loads(history.to_json()),
-            }
-        except Exception as error:  # recorded, and shown in every table it belongs to
-            result |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
-            log.error("%s, seed %d failed:\n%s", name, seed, traceback.format_exc())
-        _write_json(path, result)
+        trainer, best = self.second_stage(name, seed, **tuned)
+        train, _, test = load_data(self.preset, seed, self.data)
+        history, model = trainer.history, trainer.classifier.model
+        same = all(torch.equal(value.cpu(), best[key].cpu()) for key, value in model.state_dict().items())
+        of_last = self._measure(model, train, test, seed)
+        model.load_state_dict(best)
+        result |= {
+            "status": "done",
+            "results": {"last": of_last, "best": of_last if same else self._measure(model, train, test, seed)},
+            "best_epoch": history.best_epoch,
+            **_trained(trainer),
+            "seconds_per_epoch": sum(record.seconds for record in [*history.epochs, *history.selections])
+            / max(1, len(history.epochs)),
+            "history": json.loads(history.to_json()),
+        }
+        _write_json(self.run_file(name, seed), result)
+
+    def fail(self, path, name, seed, error):
+        """Record that a job crashed."""
+        arm = resolve(self.config, name)
+        log.error("%s failed:\n%s", path.stem, "".join(traceback.format_exception(error)))
+        message = f"{type(error).__name__}: {error}"
+        result = {"arm": name, "title": arm["title"], "seed": seed, **self._setting(arm)}
+        _write_json(path, {**result, "status": "failed", "error": message})
 
     def run_file(self, name, seed):
         """Say where a run's result is kept."""
@@ -440,12 +453,17 @@ class Bench:
         return result is not None and (result.get("status") != "failed" or not retry)
 
     def read(self, path, arm):
-        """Read a result, `None` if it is not there; one of another configuration is refused."""
+        """Read a result, `None` if it is not there; one of another configuration or other tuned values is refused."""
         if not path.exists():
             return None
         result = json.loads(path.read_text())
         if result["setting"] != self.fingerprint(_setting_of(arm)):
             raise SystemExit(f"{path} was made with another configuration: move it away, or restore paper_tables.toml.")
+        if "tuned" in result and (tuned := self.tuned(arm["tuned_by"])) not in (None, result["tuned"]):
+            raise SystemExit(
+                f"{path} was made with {result['tuned']}, tuning now chooses {tuned}: move it away, or restore "
+                "paper_tables.toml and the results of tuning."
+            )
         return result
 
 
@@ -471,31 +489,41 @@ def run_all(bench, arms, seeds, *, retry=False):
     while True:
         left = 0
         worked = False
-        for title, path, name, action, arguments in jobs:
-            if bench.is_done(path, name, retry=retry):
-                continue
-            arm, seed = resolve(bench.config, name), arguments[-1]
-            if action == bench.run and bench.tuned(name) is None:
-                left += 1
-                continue
-            with _taken(bench.work / f"first-{arm.get('base', 'pgd_at')}-seed{seed}.lock") as mine:
-                if mine:
-                    bench.first_stage(seed, arm.get("base", "pgd_at"))
-            if not mine:
-                left += 1
-                continue
-            with _taken(bench.work / f"{path.stem}.lock") as mine:
-                if mine and not bench.is_done(path, name, retry=retry):
-                    start = time.perf_counter()
-                    action(name, *arguments)
+        for job in jobs:
+            if not bench.is_done(job[1], job[2], retry=retry):
+                if attempt(bench, *job, retry=retry):
                     worked = True
-                    log.info("%s: %.0f s", title, time.perf_counter() - start)
-                elif not mine:
+                else:
                     left += 1
         if not left:
             return
         if not worked:
             time.sleep(5)
+
+
+def attempt(bench, title, path, name, action, arguments, *, retry):
+    """Do a job, and record it if it crashes; gives `False` while another process has it, or what it needs."""
+    arm, seed = resolve(bench.config, name), arguments[-1]
+    base = arm.get("base", "pgd_at")
+    try:
+        if action == bench.run and bench.tuned(name) is None:
+            if errors := bench.failed_tuning(name):
+                raise RuntimeError(f"its tuning failed, {errors[0]}")
+            return False
+        with _taken(bench.work / f"first-{base}-seed{seed}.lock") as mine:
+            if not mine:
+                return False
+            bench.first_stage(seed, base)
+        with _taken(bench.work / f"{path.stem}.lock") as mine:
+            if not mine:
+                return False
+            if not bench.is_done(path, name, retry=retry):
+                start = time.perf_counter()
+                action(name, *arguments)
+                log.info("%s: %.0f s", title, time.perf_counter() - start)
+    except Exception as error:  # recorded, and shown in every table it belongs to
+        bench.fail(path, name, seed, error)
+    return True
 
 
 def _setting_of(arm):
@@ -763,8 +791,8 @@ def trained_share(config, found, seeds):
         trainer = arm.get("trainer", {})
         if len(runs) < len(seeds) or "base" in arm or arm.get("epochs") == 0 or "ema_decay" in trainer:
             continue
-        objective = "pgd_at" if arm.get("whole_network") else trainer["objective"]
-        factor = next(iter(runs))["tuned"].get("lr", arm.get("lr"))
+        objective = "pgd_at" if arm.get("whole_network") else trainer.get("objective", "adversarial")
+        factor = next(iter(runs))["tuned"].get("lr", arm.get("lr", 1.0))
         share = 100 * np.mean([run["trainable_share"] for run in runs])
         accuracies = [100 * run["results"]["last"]["pgd20"] for run in runs]
         groups.setdefault((objective, factor), []).append((share, accuracies))
@@ -847,7 +875,8 @@ def aggregate(bench):
         f"{bench.preset['validation_images']} validation and {bench.preset['test_images']} test images; AutoAttack "
         f"(standard) runs on the first {bench.preset['autoattack_images']} of the latter, PGD-20 on all, and on as "
         "many training images as AutoAttack. The best epoch is that of the highest accuracy under the training "
-        f"attack on {validated} validation images. *trained* is the mean share of the parameters over the selections. "
+        f"attack on {validated} validation images, of the arm's own: the checkpoint that they begin with is no "
+        "candidate. *trained* is the mean share of the parameters over the selections. "
         "The seconds an epoch have the selections in them, and whatever else the machine did.",
         "Differences are paired by seed; p is the paired t-test's, not corrected for the number of comparisons, best "
         "epochs are compared with best epochs.",

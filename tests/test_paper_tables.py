@@ -200,6 +200,45 @@ class TestRuns:
         assert bench.tuned("clat")["criticality_weight"] == 0.1
         assert "| diverged to" in paper_tables.chosen_values(bench, ["clat"])
 
+    def test_runs_of_values_that_tuning_no_longer_chooses_are_refused(self, tmp_path):
+        bench = make_bench(tmp_path)
+        paper_tables.run_all(bench, ["clat"], [0])
+        tuned = bench.tuned("clat")
+        other = next(values for values in paper_tables.grid(bench.config["arms"]["clat"]) if values != tuned)
+        for values, accuracy in ((tuned, 0.1), (other, 0.9)):
+            path = bench.tuning_file("clat", values, 100)
+            path.write_text(json.dumps({**json.loads(path.read_text()), "pgd20": accuracy}))
+        for action in (lambda: paper_tables.run_all(bench, ["clat"], [0]), lambda: paper_tables.aggregate(bench)):
+            with pytest.raises(SystemExit, match="tuning now chooses"):
+                action()
+
+    def test_tuning_and_first_stages_that_crash_are_recorded_and_stop_nothing_else(self, tmp_path):
+        bench = make_bench(tmp_path)
+        first_stage, second_stage = bench.first_stage, bench.second_stage
+
+        def crash_first(seed, base="pgd_at"):
+            if seed == 1:
+                raise RuntimeError("no first stage")
+            return first_stage(seed, base)
+
+        def crash_second(name, seed, **values):
+            if name == "clat":
+                raise RuntimeError("no second stage")
+            return second_stage(name, seed, **values)
+
+        bench.first_stage, bench.second_stage = crash_first, crash_second
+        paper_tables.run_all(bench, ["clat", "pgd_at"], [0, 1])
+        assert bench.tuned("clat") is None
+        errors = {(arm, seed): read(bench, arm, seed).get("error") for arm in ("clat", "pgd_at") for seed in (0, 1)}
+        tuning = "RuntimeError: its tuning failed, RuntimeError: no second stage"
+        assert errors == {("clat", 0): tuning, ("clat", 1): tuning, ("pgd_at", 0): None,
+                          ("pgd_at", 1): "RuntimeError: no first stage"}  # fmt: skip
+        paper_tables.aggregate(bench)
+        assert "| 0 of 2, **2 failed** |" in (bench.results / "results.md").read_text()
+        bench.first_stage, bench.second_stage = first_stage, second_stage
+        paper_tables.run_all(bench, ["clat", "pgd_at"], [0, 1], retry=True)
+        assert {read(bench, arm, seed)["status"] for arm, seed in errors} == {"done"}
+
     def test_killed_and_run_again_gives_the_same(self, done, tmp_path):
         config = tmp_path / "config.toml"
         config.write_text(SCRIPT.with_suffix(".toml").read_text())
