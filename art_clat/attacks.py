@@ -269,6 +269,8 @@ def _ascent(attack: EvasionAttack, network: Network) -> Ascent | None:
     is_arts_own = type(attack).__module__.split(".")[0] == "art"
     if not (is_pgd or is_fgm) or not is_arts_own or network.classifier.is_rnn:
         return None
+    if attack.estimator is not network.classifier:  # another loss, other clip values
+        return None
     if getattr(attack, "random_eps", False) or getattr(attack, "minimal", False):
         return None
     if is_fgm and attack.num_random_init > 1:

@@ -24,6 +24,11 @@ class Average:
         self._model = model
         self._decay = decay
         self._tensors = {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()}
+        self._averaged = {  # not a mask of −∞, nor a count
+            name
+            for name, tensor in self._tensors.items()
+            if tensor.is_floating_point() and bool(torch.isfinite(tensor).all())
+        }
 
     def begin(self) -> None:
         """Begin with the weights as they are."""
@@ -39,7 +44,7 @@ class Average:
         decay = min(self._decay, (1 + step) / (10 + step))
         with torch.no_grad():
             for name, tensor in named_tensors(self._model).items():
-                if tensor.is_floating_point():
+                if name in self._averaged:
                     self._tensors[name].lerp_(tensor, 1 - decay)
                 else:
                     self._tensors[name].copy_(tensor)

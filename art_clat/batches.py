@@ -133,7 +133,8 @@ class GeneratorBatches(Batches):
     def sample(self, nb_samples: int, ranks: Ranks) -> list[Batch]:
         while sum(len(x) for x, _, _ in self._ahead) < min(nb_samples, self.generator.size):
             self._ahead.append(self._next())
-        return list(self._ahead)  # trained on first, in the epoch they belong to
+        # They are trained on first, in the epoch they belong to; an augmentation may then write into them.
+        return [(x.clone(), y, part) for x, y, part in self._ahead]
 
     def _next(self) -> Batch:
         x, y = self.generator.get_batch()

@@ -173,7 +173,8 @@ def measure_criticality(
            predictions.
     :param attack: An untargeted ART evasion attack on this classifier.
     :param batch_size: Samples in one forward pass; the result does not depend on it but for the order of sums (and
-           the attack's random start).
+           the attack's random start), unless the network itself does: a BatchNorm without running statistics normalises
+           by what is in the pass, clean and perturbed together.
     :param after_norm: Take the features of layers that have a norm after it. A convolution's scale before a BatchNorm
            is arbitrary, and so is its weakness there; after the norm it is the scale the norm has learned.
     :param granularity: ``"layer"``: weighted leaf modules. ``"block"``: timm's own grouping of a network's parameters,
@@ -234,10 +235,10 @@ def measure(
             network.logits(torch.cat([x, x_adv]))
         return torch.stack(
             [
-                *(features.distance(layer, len(x)) for layer in layers),
-                *(features.relative_distance(layer, len(x)) for layer in layers),
-                *(features.input_distance(layer, len(x)) for layer in layers if from_inputs),
-                *(features.input_distance(layer, len(x), relative=True) for layer in layers if from_inputs),
+                *(features.distance(layer) for layer in layers),
+                *(features.relative_distance(layer) for layer in layers),
+                *(features.input_distance(layer) for layer in layers if from_inputs),
+                *(features.input_distance(layer, relative=True) for layer in layers if from_inputs),
                 moved := (x_adv - x).flatten(1).norm(dim=1),
                 moved / x.flatten(1).norm(dim=1).clamp(min=torch.finfo(x.dtype).tiny),
                 torch.ones(len(x), device=x.device),

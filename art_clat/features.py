@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from art_clat.layers import Layer, Site
+from art_clat.layers import PROBE_SIZES, Layer, Site
 from art_clat.uses import PRODUCTS, WeightUses, tensors_in
 
 
@@ -25,17 +26,20 @@ def tap(sites: Sequence[Site], show: Callable[[Site, torch.Tensor], None], *, st
     to what was computed from it, but a function that keeps it must copy it.
 
     :param sites: Where to look: at the outputs or inputs of layers.
-    :param show: Called with the site and the tensor, batch first; once for every call.
+    :param show: Called with the site and the tensor, see :meth:`art_clat.layers.Site.by_sample`; once for every call.
     :param stop: End the forward pass, and with it the context, once everything has been seen.
     """
+    seen = dict.fromkeys(sites, 0)
     left = sum(site.calls for site in sites)
 
     def see(site: Site, value: object) -> None:
         nonlocal left
         found = list(tensors_in(value))
-        if len(found) <= site.index:
-            raise RuntimeError(f"{type(site.module).__name__} had fewer tensors in this pass than in the one before.")
-        show(site, found[site.index].movedim(site.batch_dim, 0))
+        if len(found) <= site.index or seen[site] == site.calls:
+            what = "more calls" if seen[site] == site.calls else "fewer tensors"
+            raise RuntimeError(f"{type(site.module).__name__} had {what} in this pass than in the one before.")
+        show(site, site.by_sample(found[site.index], seen[site]))
+        seen[site] += 1
         left -= 1
         if stop and left == 0:
             raise _LastFeatureSeen
@@ -66,6 +70,51 @@ def tap(sites: Sequence[Site], show: Callable[[Site, torch.Tensor], None], *, st
             stack.enter_context(WeightUses(weights, used))
         with suppress(_LastFeatureSeen):
             yield
+
+
+def tell_samples_apart(
+    layers: Sequence[Layer], forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+) -> list[Layer]:
+    """
+    Find out which entries are a sample's where it has several along a layer's batch dimension.
+
+    One sample of several equal ones is exchanged: what changes is its.
+
+    :param layers: The layers.
+    :param forward: The network; it treats samples one by one.
+    :param x: One input, shape (1, *input_shape).
+    :return: The layers; those whose entries are interleaved now say so.
+    """
+    sites = {site for layer in layers for site in (layer.output, layer.input) if site and max(site.rows) > 1}
+    if not sites:
+        return list(layers)
+    nb_samples = PROBE_SIZES[0]
+    equal = x.expand(nb_samples, *x.shape[1:])
+    other = torch.linspace(0, 1, x.numel(), device=x.device, dtype=x.dtype).view_as(x)
+    seen: list[dict[Site, list[torch.Tensor]]] = []
+    for batch in (equal, torch.cat([other, equal[1:]])):
+        seen.append({site: [] for site in sites})
+        with torch.no_grad(), tap(list(sites), lambda site, feature: seen[-1][site].append(feature.clone())):
+            forward(batch)
+
+    def is_interleaved(site: Site) -> bool:
+        together = apart = 0.0  # how much the entries change that are the first sample's in one order and in the other
+        for before, after, rows in zip(seen[0][site], seen[1][site], site.rows, strict=True):
+            if rows > 1:
+                changes = (after.double() - before.double()).abs().flatten(2).sum(dim=2).flatten()
+                together += float(changes[:rows].sum())
+                apart += float(changes[::nb_samples].sum())
+        return apart > together
+
+    exchanged = {site: replace(site, interleaved=True) for site in sites if is_interleaved(site)}
+    return [
+        replace(
+            layer,
+            output=exchanged.get(layer.output, layer.output),
+            input=layer.input and exchanged.get(layer.input, layer.input),
+        )
+        for layer in layers
+    ]
 
 
 class Features:
@@ -135,58 +184,51 @@ class Features:
         with tap(self._sites, compare, stop=stop):
             yield
 
-    def distance(self, layer: Layer, batch_size: int) -> torch.Tensor:
+    def distance(self, layer: Layer) -> torch.Tensor:
         """
         Give ``‖F_i(x+δ) − F_i(x)‖_2`` of every sample.
 
         :param layer: One of the layers.
-        :param batch_size: Number of samples; a feature may have a multiple of it as its first dimension (windows).
-        :return: Shape (`batch_size`,), float32.
+        :return: Shape (batch,), float32.
         """
-        return _joined(self._distances[layer.output], batch_size)
+        return _joined(self._distances[layer.output])
 
-    def relative_distance(self, layer: Layer, batch_size: int) -> torch.Tensor:
+    def relative_distance(self, layer: Layer) -> torch.Tensor:
         """
         Give ``‖F_i(x+δ) − F_i(x)‖_2 / ‖F_i(x)‖_2`` of every sample; 0 where the feature itself is 0.
 
         :param layer: One of the layers; the features must have been made with `lengths`, as for all that is relative.
-        :param batch_size: Number of samples.
-        :return: Shape (`batch_size`,), float32.
+        :return: Shape (batch,), float32.
         """
-        return self._relative(layer.output, batch_size)
+        return self._relative(layer.output)
 
-    def input_distance(self, layer: Layer, batch_size: int, *, relative: bool = False) -> torch.Tensor:
+    def input_distance(self, layer: Layer, *, relative: bool = False) -> torch.Tensor:
         """
         Give the distance of what enters a layer, sample by sample, as :meth:`distance` does of what leaves it.
 
         :param layer: One of the layers; the features must have been made with `inputs`.
-        :param batch_size: Number of samples.
         :param relative: As :meth:`relative_distance` does.
-        :return: Shape (`batch_size`,), float32; zeros for a layer that takes no tensor with a batch.
+        :return: Shape (batch,), float32; zeros for a layer that takes no tensor with a batch.
         """
         if layer.input is None:
-            return torch.zeros_like(self.distance(layer, batch_size))
-        return (
-            self._relative(layer.input, batch_size) if relative else _joined(self._distances[layer.input], batch_size)
-        )
+            return torch.zeros_like(self.distance(layer))
+        return self._relative(layer.input) if relative else _joined(self._distances[layer.input])
 
-    def total_distance(self, batch_size: int) -> torch.Tensor:
+    def total_distance(self) -> torch.Tensor:
         """
         Give the summed distance of all layers, ``Σ_i ‖F_i(x+δ) − F_i(x)‖_2`` (the term inside eq. 5).
 
-        :param batch_size: Number of samples.
-        :return: Shape (`batch_size`,), float32.
+        :return: Shape (batch,), float32.
         """
-        return torch.stack([self.distance(layer, batch_size) for layer in self.layers]).sum(dim=0)
+        return torch.stack([self.distance(layer) for layer in self.layers]).sum(dim=0)
 
-    def total_relative_distance(self, batch_size: int) -> torch.Tensor:
+    def total_relative_distance(self) -> torch.Tensor:
         """
         Give the summed relative distance of all layers.
 
-        :param batch_size: Number of samples.
-        :return: Shape (`batch_size`,), float32.
+        :return: Shape (batch,), float32.
         """
-        return torch.stack([self.relative_distance(layer, batch_size) for layer in self.layers]).sum(dim=0)
+        return torch.stack([self.relative_distance(layer) for layer in self.layers]).sum(dim=0)
 
     def _begin(self) -> None:
         self._distances = {site: [] for site in self._sites}
@@ -197,16 +239,15 @@ class Features:
         if self._wants_lengths:
             self._clean_lengths[site].append(_lengths(clean))
 
-    def _relative(self, site: Site, batch_size: int) -> torch.Tensor:
-        length = _joined(self._clean_lengths[site], batch_size)
+    def _relative(self, site: Site) -> torch.Tensor:
+        length = _joined(self._clean_lengths[site])
         zero = length == 0
-        return (_joined(self._distances[site], batch_size) / length.masked_fill(zero, 1)).masked_fill(zero, 0)
+        return (_joined(self._distances[site]) / length.masked_fill(zero, 1)).masked_fill(zero, 0)
 
 
-def _joined(lengths: Sequence[torch.Tensor], batch_size: int) -> torch.Tensor:
-    """Give one length a sample where a layer ran several times, or has several rows a sample."""
-    parts = torch.cat([part.reshape(batch_size, -1) for part in lengths], dim=1)
-    return parts[:, 0] if parts.shape[1] == 1 else torch.linalg.vector_norm(parts, dim=1)
+def _joined(lengths: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Give one length a sample where a layer ran several times."""
+    return lengths[0] if len(lengths) == 1 else torch.linalg.vector_norm(torch.stack(list(lengths)), dim=0)
 
 
 def _lengths(x: torch.Tensor) -> torch.Tensor:

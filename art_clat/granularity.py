@@ -81,8 +81,9 @@ def _blocks(model: nn.Module) -> list[Group]:
         name = parameter
         while name := name.rpartition(".")[0]:
             held.setdefault(name, set()).add(number)
-    modules = dict(model.named_modules())
-    parameters = dict(model.named_parameters())
+    # Under every name that it has: a wrapper may hold some of timm's network besides.
+    modules = dict(model.named_modules(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     groups = []
     for number in sorted(set(group_of.values())):
         own = {name: module for name, module in modules.items() if held.get(name) == {number} and name != prefix}

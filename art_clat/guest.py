@@ -111,6 +111,8 @@ class FiniteGuard:
     """
     Puts a network back where it was last seen finite after a training step that made it, or its loss, not finite.
 
+    A buffer that is not finite to begin with, such as a mask of −∞, is none of its concern.
+
     :param model: The network.
     :param every: Look after so many batches. A look makes the processor wait for the device.
     :param ranks: The processes that train it: what one of them sees counts for all.
@@ -120,7 +122,8 @@ class FiniteGuard:
         self._every = every
         self._ranks = ranks or Ranks()
         self._batch = 0
-        self._tensors = [*(p for p in model.parameters() if p.requires_grad), *model.buffers()]
+        buffers = [buffer for buffer in model.buffers() if bool(torch.isfinite(buffer).all())]
+        self._tensors = [*(p for p in model.parameters() if p.requires_grad), *buffers]
         self._good = [tensor.detach().clone() for tensor in self._tensors]
 
     def before_step(self, loss: torch.Tensor) -> None:

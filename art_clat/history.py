@@ -28,7 +28,7 @@ class EpochRecord:
     :param stage: ``"adversarial training"`` (the whole network) or ``"clat"`` (the critical layers).
     :param loss: Mean over the epoch of what was minimised.
     :param cross_entropy: Mean of the classifier's own loss within it.
-    :param criticality_loss: Mean of ``L_C``, before its weight; 0 in the first stage.
+    :param criticality_loss: Mean of ``L_C``, or of a rival's second term, before its weight; 0 under PGD-AT.
     :param learning_rate: Of the optimiser's first parameter group, during the epoch.
     :param seconds: Of training; validation and selection are not included.
     :param train_clean_accuracy: On the training batches as they were passed, in [0, 1]; `None` where no clean logits

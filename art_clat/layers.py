@@ -40,7 +40,10 @@ class Site:
     :param calls: How often it is seen in one forward pass (more than once when weights are shared).
     :param shape: Shape for one sample, without the batch dimension.
     :param size: ``N_i``, the number of elements for one sample over all `calls`.
-    :param batch_dim: Which dimension is the batch. It may be a multiple of the batch (windows).
+    :param batch_dim: Which dimension is the batch. It may be a multiple of the batch (windows, time steps).
+    :param rows: How many entries a sample has along it, call by call.
+    :param interleaved: Whether those of a sample are as far apart as there are samples (time steps before the batch),
+           not one after the other (windows).
     """
 
     module: nn.Module
@@ -51,6 +54,22 @@ class Site:
     shape: tuple[int, ...]
     size: int
     batch_dim: int
+    rows: tuple[int, ...]
+    interleaved: bool = False
+
+    def by_sample(self, tensor: torch.Tensor, call: int) -> torch.Tensor:
+        """
+        Bring a tensor that is seen here into an order that does not depend on the network.
+
+        :param tensor: The tensor, as it enters or leaves.
+        :param call: In which of the calls of a forward pass, counted from 0.
+        :return: A view of it, shape (batch, ...); where a sample has several entries (batch, rows, ...).
+        """
+        first, rows = tensor.movedim(self.batch_dim, 0), self.rows[call]
+        if rows == 1:
+            return first
+        shape = first.shape[1:]
+        return first.view(rows, -1, *shape).movedim(0, 1) if self.interleaved else first.view(-1, rows, *shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,9 +200,9 @@ class _Probe:
         self._functions: dict[nn.Module, set[str]] = {}
         self._called: set[nn.Module] = set()
         self._time = 0
-        # Whose the latest feature is, the feature, and its version. Holding it keeps its memory from being reused, so
-        # that equal storage means the same tensor; an unchanged version means that nothing was written into it since.
-        self._latest: tuple[nn.Module, torch.Tensor, int] | None = None
+        # By their storage: whose a feature is, the feature, and its version. Holding them keeps their memory from being
+        # reused, so that equal storage means the same tensor; an unchanged version, that nothing was written into it.
+        self._features: dict[int, tuple[nn.Module, torch.Tensor, int]] = {}
 
     @classmethod
     def run(cls, model: nn.Module, forward: Callable[[int], torch.Tensor], batch_size: int) -> _Probe:
@@ -195,7 +214,7 @@ class _Probe:
         finally:
             for handle in handles:
                 handle.remove()
-        probe._latest = None
+        probe._features.clear()
         # A table that is added, or a scale, makes no layer of a module, whatever the shape it is stored in.
         for module, functions in probe._functions.items():
             if functions <= ELEMENTWISE and module in probe.weighted:
@@ -230,17 +249,17 @@ class _Probe:
     def _made(self, module: nn.Module, output: object) -> None:
         feature = next(tensors_in(output), None)
         if feature is not None:
-            self._latest = (module, feature, feature._version)
+            self._features[_storage(feature)] = (module, feature, feature._version)
 
     def _norm_ran(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
         entering, leaving = next(tensors_in(args), None), next(tensors_in(output), None)
-        if self._latest is None or entering is None or leaving is None:
+        if entering is None or leaving is None or _storage(entering) not in self._features:
             return
-        layer, feature, version = self._latest
-        untouched = feature._version == version
-        if untouched and entering.numel() == feature.numel() and _same_storage(entering, feature):
+        layer, feature, version = self._features[_storage(entering)]
+        if feature._version == version and entering.numel() == feature.numel():
             self.norms.setdefault(layer, []).append(module)
-            self._latest = (layer, leaving, leaving._version)
+            del self._features[_storage(entering)]
+            self._features[_storage(leaving)] = (layer, leaving, leaving._version)
 
 
 def _make_layer(name: str, module: nn.Module, small: _Probe, large: _Probe, *, after_norm: bool) -> Layer | None:
@@ -276,7 +295,7 @@ def _site(module: nn.Module, small: _Probe, large: _Probe, side: str) -> Site | 
         )
         if len(one) != len(other) or not same:
             return None
-        repeats = larger[batch_dim] // PROBE_SIZES[1]
+        rows = tuple(shapes[index][batch_dim] // PROBE_SIZES[1] for shapes in other)
         sample = (*larger[:batch_dim], *larger[batch_dim + 1 :])
         return Site(
             module=module,
@@ -284,9 +303,10 @@ def _site(module: nn.Module, small: _Probe, large: _Probe, side: str) -> Site | 
             weight=large.records[module].weight,
             index=index,
             calls=len(other),
-            shape=sample if repeats == 1 else (repeats, *sample),
+            shape=sample if rows[0] == 1 else (rows[0], *sample),
             size=sum(shapes[index].numel() // PROBE_SIZES[1] for shapes in other),
             batch_dim=batch_dim,
+            rows=rows,
         )
     return None
 
@@ -380,8 +400,8 @@ def _is_weighted(module: nn.Module) -> bool:
     return not has_weighted_children and any(p.ndim >= 2 for p in owned)
 
 
-def _same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _weighted_modules(model: nn.Module) -> set[nn.Module]:
@@ -417,15 +437,19 @@ def train_only(model: nn.Module, layers: Sequence[Layer]) -> None:
     Put the norms of some layers in training mode and the rest of the network in evaluation mode.
 
     Frozen BatchNorms then run on their stored statistics, which stay as they are, and so does a norm of these layers
-    whose parameters its owner has frozen. Dropout is off: between a clean and a perturbed pass only the perturbation
+    whose parameters its owner has frozen, or that stays in evaluation mode when the network is put in training mode.
+    Dropout is off: between a clean and a perturbed pass only the perturbation
     differs, but for the batch statistics of these norms.
 
     :param model: The network.
     :param layers: The layers that are trained.
     """
+    model.train()
+    norms = {m for layer in layers for module in layer.modules for m in module.modules() if _is_norm(m)}
+    trained = [norm for norm in norms if norm.training and not _is_frozen(norm)]
     model.eval()
-    for norm in {m for layer in layers for module in layer.modules for m in module.modules() if _is_norm(m)}:
-        norm.train(not _is_frozen(norm))
+    for norm in trained:
+        norm.training = True  # what is within it, dropout say, stays as it is
 
 
 def train_all(model: nn.Module) -> None:
@@ -436,7 +460,8 @@ def train_all(model: nn.Module) -> None:
     """
     model.train()
     for norm in filter(_is_norm, model.modules()):
-        norm.train(not _is_frozen(norm))
+        if _is_frozen(norm):
+            norm.eval()
 
 
 def _is_frozen(module: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from art.preprocessing.standardisation_mean_std.utils import broadcastable_mean_
 from torch import nn
 
 from art_clat.distributed import Ranks
+from art_clat.features import tell_samples_apart
 from art_clat.granularity import Granularity
 from art_clat.guest import evaluation_mode
 from art_clat.layers import Layer, find_layers, only_trainable
@@ -137,12 +138,13 @@ class Network:
                 )
         one = x[:1].to(self.device)
         with evaluation_mode(self.model):
-            return find_layers(
+            layers = find_layers(
                 self.model,
                 lambda size: self.logits(one.expand(size, *one.shape[1:])),
                 after_norm=after_norm,
                 granularity=granularity,
             )
+            return tell_samples_apart(layers, self.logits, one)
 
     @contextmanager
     def accelerated(self, *, amp: bool, compile: bool, channels_last: bool) -> Iterator[None]:

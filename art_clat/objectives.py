@@ -116,7 +116,7 @@ class AdversarialCLAT(Objective):
         with self.features.compare(forget=True):
             cross_entropy, logits = self.network.loss(x_adv, y)
         total = self.features.total_relative_distance if self.relative else self.features.total_distance
-        return _weighted(cross_entropy, total(len(x)), self.weight, logits)
+        return _weighted(cross_entropy, total(), self.weight, logits)
 
 
 class CleanCLAT(Objective):
@@ -152,7 +152,8 @@ class CleanCLAT(Objective):
         def distance(z: torch.Tensor) -> torch.Tensor:
             with self.features.compare(stop=True):
                 self.network.logits(z)
-            return self.features.total_distance(len(z))
+            total = self.features.total_distance()
+            return total if total.requires_grad else total + 0 * z.flatten(1).sum(dim=1)  # no feature depends on z
 
         def climb(x: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
             with torch.no_grad(), self.features.keep(stop=True):
@@ -168,7 +169,7 @@ class CleanCLAT(Objective):
             self.network.logits(x_adv)
         with self.features.compare(forget=True):
             cross_entropy, logits = self.network.loss(x, y)
-        return _weighted(cross_entropy, self.features.total_distance(len(x)), self.weight, logits)
+        return _weighted(cross_entropy, self.features.total_distance(), self.weight, logits)
 
 
 class TRADES(Objective):
@@ -276,7 +277,7 @@ def register_objective(name: str, *, weight: float) -> Callable[[_Maker], _Maker
     :param name: The name.
     :param weight: The weight of its second term where the trainer's ``criticality_weight`` is `None`.
     :return: A decorator that gives what it is given back: a class, or a function, of the network, the layers and the
-             weight.
+             weight. Where the objective has ``needs_ascent``, a function must have that attribute, too.
     :raises ValueError: If the name is taken.
     """
 
@@ -306,6 +307,19 @@ def default_weight(objective: str) -> float:
     :return: The weight.
     """
     return _OBJECTIVES[objective][1]
+
+
+def needs_ascent(objective: str) -> bool:
+    """
+    Tell whether an objective needs to know the ball and the steps of the attack.
+
+    :param objective: Its name.
+    :return: What the class that is registered, or the function, says of itself.
+    """
+    maker: object = _OBJECTIVES[objective][0]
+    while isinstance(maker, partial):
+        maker = maker.func
+    return bool(getattr(maker, "needs_ascent", False))
 
 
 def make_objective(name: str, network: Network, layers: Sequence[Layer], weight: float) -> Objective:

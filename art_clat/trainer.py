@@ -39,6 +39,7 @@ from art_clat.objectives import (
     Objective,
     default_weight,
     make_objective,
+    needs_ascent,
     objectives,
 )
 from art_clat.selection import Budget, Candidates, SelectionRule, as_rule, check_names, choose, eligible_layers
@@ -380,6 +381,9 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         drawn = self._draw_seed()
         resumed = keeper.resume()
         progress = resumed or Progress(seed=drawn)
+        if resumed is not None and ranks.rank == 0:
+            stands = "is finished" if progress.epoch >= nb_epochs else f"goes on at epoch {progress.epoch}"
+            logger.info("The checkpoint's run %s; its weights take the place of those at hand.", stands)
         ranks.check_same({"the checkpoint": (progress.epoch, progress.batch, progress.seed)}, network.device)
         with own_randomness(progress.seed, network.device):
             sample = batches.sample(self.selection_samples, ranks)
@@ -692,6 +696,8 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         return self.budget if isinstance(self.budget, Budget) else Budget(share=self.budget)
 
     def _check_budget(self, eligible: list[Layer]) -> None:
+        if self.selection == "all" or isinstance(self.selection, (list, tuple)):
+            return  # chosen whatever the budget
         if not self._budget.fits_any(eligible, sum(p.numel() for p in self._network.model.parameters())):
             smallest = min(eligible, key=lambda layer: layer.nb_parameters)
             raise ValueError(
@@ -700,13 +706,12 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
             )
 
     def _check_inner_attacks(self) -> None:
-        first = FIRST_STAGES[self.first_stage](self._network)
-        second = make_objective(self.objective, self._network, [], self.criticality_weight)
-        for argument, name, objective in (
+        first = FIRST_STAGES[self.first_stage](self._network).needs_ascent
+        for argument, name, needed in (
             ("first_stage", self.first_stage, first),
-            ("objective", self.objective, second),
+            ("objective", self.objective, needs_ascent(self.objective)),
         ):
-            if objective.needs_ascent and any(attack.ascent is None for attack in self._attacks):
+            if needed and any(attack.ascent is None for attack in self._attacks):
                 kinds = ", ".join(type(attack.attack).__name__ for attack in self._attacks)
                 raise ValueError(
                     f"`{argument}={name!r}` takes the ball and the steps of its inner attack from `attacks`: "

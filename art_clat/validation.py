@@ -122,7 +122,7 @@ def check_data(
                 f"`{argument}` lies in [{x.min():.6g}, {x.max():.6g}], outside the classifier's clip_values "
                 f"[{low.min():.6g}, {high.max():.6g}]."
             )
-    if not x.flags.writeable:  # a memory map, say, which torch would warn of
+    if not x.flags.writeable or min(x.strides) < 0:  # a memory map, say, or a flipped view: torch takes neither
         x = x.copy()
     return torch.as_tensor(x), check_labels(y, int(classifier.nb_classes), argument=label_argument)
 

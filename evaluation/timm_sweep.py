@@ -141,7 +141,7 @@ def check_early_stop(network, layer, x, x_adv):
                 network.logits(x)
             with features.compare(stop=stop):
                 network.logits(z)
-            distance = features.total_distance(len(x))
+            distance = features.total_distance()
             results.append((distance, *torch.autograd.grad(distance.sum(), z), *features._kept[layer.output]))
     if not all(torch.equal(a, b) for a, b in zip(*results, strict=True)):
         raise AssertionError(f"early stop after {layer.name} differs from the whole pass")
@@ -153,11 +153,11 @@ def check_samples_apart(network, layers, x, x_adv):
     with evaluation_mode(network.model), torch.no_grad():
         with features.compare_halves(stop=True):
             network.logits(torch.cat([x, x_adv]))
-        together = torch.stack([features.distance(layer, len(x)) for layer in layers])
+        together = torch.stack([features.distance(layer) for layer in layers])
         for one, other in zip(x, x_adv, strict=True):
             with features.compare_halves(stop=True):
                 network.logits(torch.stack([one, other]))
-            alone.append(torch.cat([features.distance(layer, 1) for layer in layers]))
+            alone.append(torch.cat([features.distance(layer) for layer in layers]))
     close = torch.isclose(together, torch.stack(alone, dim=1), rtol=0.02, atol=1e-5).all(dim=1)
     if not close.all():
         names = [layer.name for layer, same in zip(layers, close, strict=True) if not same]

@@ -137,6 +137,19 @@ def test_a_users_own_variant_runs_through_its_own_generate(chain, data):
     np.testing.assert_array_equal(run(Nothing(classifier, eps=0.1, verbose=False), classifier, *data), data[0])
 
 
+def test_an_attack_on_another_classifier_of_the_network_climbs_that_ones_loss(chain, data):
+    class Margin(nn.Module):
+        def forward(self, logits, y):
+            return -logits.gather(1, (y if y.ndim == 1 else y.argmax(1))[:, None]).mean()
+
+    classifier, other = make_classifier(chain), make_classifier(chain, loss=Margin(), clip_values=(0.1, 0.9))
+    x, y = np.clip(data[0], 0.1, 0.9), data[1]
+    attack = make_attack(other)
+    expected = attack.generate(x, y=y)
+    np.testing.assert_array_equal(run(attack, classifier, x, y), expected)
+    assert not np.array_equal(run(make_attack(classifier), classifier, x, y), expected)
+
+
 @pytest.mark.parametrize("option", [{"random_eps": True}, {"norm": 3}])
 def test_options_that_mean_nothing_in_a_batch_run_through_generate(chain, option):
     classifier = make_classifier(chain)

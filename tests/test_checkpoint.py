@@ -172,12 +172,15 @@ class TestResume:
         run[0]._step = step
         assert_equal(fit(run, tmp_path), fit(make_run(scheduler=scheduler)))
 
-    def test_a_finished_run_is_given_back_as_it_ended(self, tmp_path):
+    def test_a_finished_run_is_given_back_as_it_ended_and_the_log_says_so(self, tmp_path, caplog):
+        caplog.set_level("INFO", "art_clat.trainer")
         first = make_run()
         expected = fit(first, tmp_path)
+        assert "is finished" not in caplog.text
         again = make_run()
         assert_equal(fit(again, tmp_path), expected)
         assert again[0].history == first[0].history
+        assert "The checkpoint's run is finished; its weights take the place of those at hand." in caplog.text
 
     def test_a_seed_that_was_drawn_is_kept(self, tmp_path):
         np.random.seed(1)

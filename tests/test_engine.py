@@ -72,7 +72,7 @@ class TestSameResults:
             kept = objective.features._kept[layers[which].output][0].detach()
             with objective.features.compare(stop=stop):
                 network.logits(inputs)
-            distance = objective.features.total_distance(32)
+            distance = objective.features.total_distance()
             results.append((kept, distance.detach(), *torch.autograd.grad(distance.sum(), inputs)))
         assert all(map(torch.equal, *results))
 

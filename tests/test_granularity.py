@@ -73,6 +73,23 @@ def test_blocks_are_found_within_another_network():
     assert "model.layer3" in names and names[-1] == "model.fc"
 
 
+def test_blocks_are_found_where_a_wrapper_holds_some_of_the_network_besides():
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            net = timm.create_model("resnet10t", num_classes=3)
+            self.stem = net.conv1
+            self.net = net
+
+        def forward(self, x):
+            return self.net(x)
+
+    bare = layers_of(Wrapper().net, "block", 3, 32, 32)
+    wrapped = layers_of(Wrapper(), "block", 3, 32, 32)
+    assert [layer.nb_parameters for layer in wrapped] == [layer.nb_parameters for layer in bare]
+    assert [layer.shape for layer in wrapped] == [layer.shape for layer in bare]
+
+
 def test_modules_by_name_and_by_expression():
     model = Nested()
     layers = layers_of(model, [r"blocks\.\d", "stem"], 2, 6, 6)

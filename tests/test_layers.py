@@ -72,6 +72,24 @@ def test_norm_of_another_tensor_belongs_to_no_layer():
     assert all(model.bn not in layer.modules for layer in layers_of(model, 2, 6, 6))
 
 
+def test_norm_belongs_to_its_layer_whatever_runs_in_between():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+            self.norm_a, self.norm_b = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            a, b = self.a(x), self.b(x)
+            b, a = self.norm_b(b), self.norm_a(a)
+            return (a * b).flatten(1)
+
+    model = Branches()
+    a, b = layers_of(model, 3, 4, 4, after_norm=True)
+    assert a.modules == (model.a, model.norm_a) and b.modules == (model.b, model.norm_b)
+    assert a.output.module is model.norm_a and b.output.module is model.norm_b
+
+
 @pytest.mark.parametrize("after_norm", [False, True])
 def test_feature_is_taken_before_or_after_the_norm(after_norm):
     model = Normed()
@@ -183,7 +201,7 @@ def test_batch_may_be_the_second_dimension(length):
         with features.compare():
             model(z)
     by_hand = (outputs[1] - outputs[0]).transpose(0, 1).flatten(1).norm(dim=1)
-    torch.testing.assert_close(features.total_distance(3), by_hand)
+    torch.testing.assert_close(features.total_distance(), by_hand)
 
 
 def test_distance_of_a_layer_that_runs_twice_is_over_both():
@@ -207,7 +225,7 @@ def test_distance_of_a_layer_that_runs_twice_is_over_both():
     with features.compare():
         model(torch.rand(3, 6))
     by_hand = torch.cat([outputs[2] - outputs[0], outputs[3] - outputs[1]], dim=1).norm(dim=1)
-    torch.testing.assert_close(features.total_distance(3), by_hand)
+    torch.testing.assert_close(features.total_distance(), by_hand)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -267,6 +285,28 @@ def test_norm_that_its_owner_has_frozen_keeps_its_statistics():
     assert not model.bn2.training
     train_all(model)
     assert not model.bn2.training and model.bn1.training and model.dropout.training and model.training
+
+
+def test_norm_that_the_networks_own_train_keeps_in_evaluation_mode_stays_there():
+    class Kept(Normed):
+        def train(self, mode=True):
+            super().train(mode)
+            self.bn1.eval()
+            return self
+
+    model = Kept()
+    layers = [layer for layer in layers_of(model, 2, 6, 6) if layer.name in ("conv1", "conv2")]
+    for put in (lambda: train_all(model), lambda: train_only(model, layers)):
+        put()
+        assert not model.bn1.training and model.bn2.training
+    assert not model.bn3.training and not model.dropout.training and not model.training
+
+
+def test_dropout_within_a_norm_is_off():
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), timm.layers.BatchNormAct2d(6, drop_layer=nn.Dropout), nn.Flatten())
+    layers = layers_of(model, 2, 6, 6)
+    train_only(model, layers)
+    assert model[1].training and not model[1].drop.training
 
 
 def test_norms_of_a_weight_are_no_norms_and_stay_as_they_are():

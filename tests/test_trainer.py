@@ -1,6 +1,7 @@
 import copy
 import logging
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from conftest import INPUT_SHAPE, Chain, Normed, make_attack, make_classifier
 from torch import nn
 
 from art_clat import AdversarialTrainerCLATPyTorch, Budget, measure_criticality
-from art_clat.objectives import FIRST_STAGES, AdversarialCLAT
+from art_clat.objectives import _OBJECTIVES, FIRST_STAGES, AdversarialCLAT, CleanCLAT
 
 QUIET = {"verbose": False}
 
@@ -102,6 +103,26 @@ class TestHabitsOfART:
         trainer = make_trainer(make_classifier(chain), augmentation=lambda image: image.mul_(0.5))
         trainer.fit_generator(NumpyDataGenerator(x, data[1], batch_size=16), nb_epochs=1, **QUIET)
         np.testing.assert_array_equal(x, data[0])
+
+    def test_an_augmentation_in_place_leaves_what_a_generators_layers_are_chosen_on_alone(self, chain, data):
+        means = []
+
+        def rule(candidates):
+            means.append(float(torch.cat([x for x, *_ in candidates.batches]).mean()))
+            return [1.0] * len(candidates.layers)
+
+        trainer = make_trainer(
+            make_classifier(chain), selection=rule, augmentation=lambda image: image.mul_(0.5), reselect_every=1
+        )
+        trainer.fit_generator(NumpyDataGenerator(*data, batch_size=16), nb_epochs=2, **QUIET)
+        assert means[0] == means[1] == pytest.approx(data[0].mean(), rel=1e-5)
+
+    def test_flipped_views_are_taken(self, chain, data):
+        x = data[0][:, ::-1]
+        assert min(x.strides) < 0
+        trainer = make_trainer(make_classifier(chain))
+        trainer.fit(x, data[1][::-1], validation_data=(x, data[1]), nb_epochs=1, **QUIET)
+        assert len(trainer.history.epochs) == 1
 
     def test_warm_up_leaves_a_norm_that_was_frozen_alone(self, normed, data):
         normed.bn2.requires_grad_(False)
@@ -400,6 +421,45 @@ class TestArgumentsArrive:
         with pytest.raises(ValueError, match=r"`budget` .* pays for no layer: the smallest that may be chosen, first"):
             trainer.fit(*data, nb_epochs=1, **QUIET)
         assert not moved(chain, before)
+
+    @pytest.mark.parametrize("selection", ["all", ["hidden"]])
+    def test_what_is_always_chosen_is_so_whatever_the_budget(self, chain, data, selection):
+        classifier = make_classifier(chain)
+        trainer = make_trainer(classifier, selection=selection, budget=Budget(parameter_share=0.001))
+        trainer.fit(*data, nb_epochs=1, **QUIET)
+        assert trainer.history.selections[0].chosen == (
+            ("first", "second", "hidden") if selection == "all" else ("hidden",)
+        )
+
+    def test_an_objective_is_made_of_chosen_layers_only(self, chain, data, monkeypatch):
+        class Deepest(CleanCLAT):
+            def __init__(self, network, layers, weight):
+                super().__init__(network, [layers[-1]], weight)
+
+        monkeypatch.setitem(_OBJECTIVES, "deepest", (partial(Deepest), 0.1))
+        classifier = make_classifier(chain)
+        make_trainer(classifier, objective="deepest", selection=["first", "second"]).fit(*data, nb_epochs=1, **QUIET)
+        with pytest.raises(ValueError, match="objective='deepest'"):
+            make_trainer(classifier, DeepFool(classifier, verbose=False), objective="deepest")
+
+    def test_a_layer_that_no_input_reaches(self, data):
+        class Query(Chain):
+            def __init__(self):
+                super().__init__()
+                self.query, self.key = nn.Parameter(torch.rand(1, 3)), nn.Linear(3, 8)
+
+            def forward(self, x):
+                scale = self.key(self.query.expand(len(x), -1))
+                x = nn.functional.relu_(self.first(x))
+                x = nn.functional.gelu(self.second(x))
+                return self.head(self.hidden(x.flatten(1)) * scale)
+
+        model = Query()
+        before = snapshot(model)
+        make_trainer(make_classifier(model), objective="clean", selection="first", budget=Budget(count=1)).fit(
+            *data, nb_epochs=1, **QUIET
+        )
+        assert moved(model, before) == {"key.weight", "key.bias"}
 
     def test_names_of_no_layers_are_refused_before_the_warm_up(self, chain, data):
         trainer = make_trainer(make_classifier(chain), warmup=5, selection=["first", "secnd"])
@@ -730,6 +790,16 @@ class TestNonFinite:
         with pytest.raises(FloatingPointError, match="step is not finite"):
             trainer.fit(*data, nb_epochs=1, **QUIET)
         assert not moved(chain, before)
+
+    def test_a_mask_that_is_infinite_from_the_beginning_is_no_concern(self, data):
+        class Masked(Normed):
+            def __init__(self):
+                super().__init__()
+                self.register_buffer("mask", torch.full((3,), -torch.inf))
+
+        model = Masked()
+        make_trainer(make_classifier(model), warmup=1, ema_decay=0.9).fit(*data, nb_epochs=2, **QUIET)
+        assert torch.equal(model.mask, torch.full((3,), -torch.inf))
 
 
 class TestBadInput:

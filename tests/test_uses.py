@@ -94,7 +94,7 @@ def test_stopping_gives_the_same_bits(model, layers):
                 model(x)
             with features.compare(stop=stop):
                 model(z)
-            distance = features.total_distance(5)
+            distance = features.total_distance()
             results.append((distance, *torch.autograd.grad(distance.sum(), z)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -150,7 +150,7 @@ def test_uses_of_a_weight_that_is_rearranged_first(product):
         model(x)
     with features.compare():
         model(z)
-    torch.testing.assert_close(features.distance(first, 3), product(z - x, model.first.weight).norm(dim=1))
+    torch.testing.assert_close(features.distance(first), product(z - x, model.first.weight).norm(dim=1))
 
 
 def test_modules_whose_weight_is_only_added_or_a_scale_are_no_layers():
