@@ -139,6 +139,34 @@ def leaderboard_shortfalls(report: RobustnessReport, dataset: str) -> list[str]:
     return found + [f"the evaluation warned: {message}" for message in report.warnings]
 
 
+def preprocessing_shortfalls(preprocessing: str | None, *, model_id: str, dataset: str, norm: str) -> list[str]:
+    """
+    Say whether RobustBench would evaluate a model on other images.
+
+    :param preprocessing: RobustBench's name of how the images of the evaluation were resized and cropped.
+    :param model_id: RobustBench's key of the model; its definition must have been loaded.
+    :param dataset: ``"cifar10"``, ``"cifar100"`` or ``"imagenet"``.
+    :param norm: ``"Linf"`` or ``"L2"``.
+    :return: As :func:`leaderboard_shortfalls`.
+    :raises ImportError: If RobustBench is not installed.
+    """
+    robustbench_utils()
+    from robustbench.data import PREPROCESSINGS, get_preprocessing
+    from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
+
+    if dataset != "imagenet":
+        return []
+    try:
+        theirs = repr(get_preprocessing(BenchmarkDataset(dataset), ThreatModel(norm), model_id, None))
+    except (AttributeError, KeyError):  # the network has no `default_cfg`, or an incomplete one
+        theirs = "nothing: it finds no `default_cfg`"
+    here = repr(PREPROCESSINGS[preprocessing])
+    if here == theirs:
+        return []
+    here, theirs = (" ".join(text.split()) for text in (here, theirs))
+    return [f"evaluated on images made by {here}; RobustBench's `benchmark` derives {theirs}"]
+
+
 def as_robustbench_writes(eps: float, norm: str) -> str:
     """
     Write ε as RobustBench does.
@@ -165,6 +193,7 @@ def run_benchmark(
     batch_size: int = 128,
     seed: int | None = None,
     device: torch.device | str = "cpu",
+    preprocessing: str | None = None,
 ) -> tuple[float, float, npt.NDArray[np.bool_]]:
     """
     Evaluate a network with RobustBench's own ``benchmark``, and give its verdict on every example.
@@ -184,6 +213,7 @@ def run_benchmark(
     :param batch_size: Examples in a batch.
     :param seed: Of AutoAttack; `None` for RobustBench's way, the time in seconds.
     :param device: Where to run.
+    :param preprocessing: RobustBench's name of how ImageNet's images are resized and cropped; `None`: its own choice.
     :return: What ``benchmark`` returned, clean and robust accuracy in [0, 1], and whether each example is classified
             correctly under AutoAttack.
     :raises ImportError: If RobustBench is not installed.
@@ -214,7 +244,7 @@ def run_benchmark(
         stack.enter_context(_working_directory(Path(directory)))
         clean, robust = robustbench.eval.benchmark(
             model, n_examples=nb_examples, dataset=dataset, threat_model=norm, to_disk=True, model_name=model_id,
-            data_dir=place, device=torch.device(device), batch_size=batch_size, eps=eps,
+            data_dir=place, device=torch.device(device), batch_size=batch_size, eps=eps, preprocessing=preprocessing,
         )  # fmt: skip
     return clean, robust, found[0]
 

@@ -28,6 +28,9 @@ from art_clat.state_dicts import load_state_dict
 #: Data sets that have a name; anything else is an image folder or an ``.npz`` file.
 DATASETS = ("cifar10", "cifar100", "imagenet", "digits")
 
+#: RobustBench's name of how ImageNet's images are resized and cropped unless something else is said.
+IMAGENET_PREPROCESSING = "Res256Crop224"
+
 
 @dataclass(frozen=True)
 class TestData:
@@ -98,7 +101,7 @@ def load_data(
     *,
     data_dir: str | os.PathLike[str] = "data",
     nb_examples: int | None = None,
-    preprocessing: str | None = None,
+    preprocessing: str | Callable[[Any], Any] | None = None,
     nb_classes: int | None = None,
 ) -> TestData:
     """
@@ -109,7 +112,8 @@ def load_data(
            ``.npz`` file with arrays ``x``, in [0, 1] or uint8, shape (n, channels, height, width), and ``y``.
     :param data_dir: Where the data sets of a name are; CIFAR is downloaded if it is not there.
     :param nb_examples: How many, or `None` for all: the first ones, of an image folder evenly spaced ones.
-    :param preprocessing: RobustBench's name of how ImageNet's or a folder's images are resized and cropped.
+    :param preprocessing: How ImageNet's or a folder's images are resized and cropped: RobustBench's name of it, or a
+           function of an image; `None` for ``"Res256Crop224"``, or for a folder's images as they are.
     :param nb_classes: Number of classes; `None` for what the data say.
     :return: The data.
     :raises ValueError: If they are no such data, or fewer than are asked for.
@@ -120,7 +124,7 @@ def load_data(
     if name in ("cifar10", "cifar100"):
         x, y, classes = *_cifar(name, Path(data_dir), nb_examples), {"cifar10": 10, "cifar100": 100}[name]
     elif name == "imagenet":
-        x, y, classes = *_imagenet(Path(data_dir), nb_examples, preprocessing or "Res256Crop224"), 1000
+        x, y, classes = *_imagenet(Path(data_dir), nb_examples, preprocessing or IMAGENET_PREPROCESSING), 1000
     elif name == "digits":
         x, y, classes = *_digits(), 10
     elif Path(name).is_dir():
@@ -141,6 +145,28 @@ def load_data(
     if len(x) < (nb_examples or 0):
         raise ValueError(f"`nb_examples` is {nb_examples}, {name} has {len(x)} examples.")
     return TestData(x[:nb_examples], y[:nb_examples], nb_classes or classes)
+
+
+def imagenet_preprocessing(model: str, norm: str) -> str | Callable[[Any], Any]:
+    """
+    Say how ImageNet's images are resized and cropped for a model.
+
+    :param model: A model's name, as for :func:`load_model`.
+    :param norm: ``"Linf"`` or ``"L2"``.
+    :return: For RobustBench's models what RobustBench does, its name of it where it has one; for others
+             ``"Res256Crop224"``.
+    """
+    data = _robustbench_data()
+    from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
+
+    if ":" in model or timm.is_model(model) or norm not in ("Linf", "L2"):
+        return IMAGENET_PREPROCESSING
+    try:
+        found: Callable[[Any], Any] = data.get_preprocessing(BenchmarkDataset.imagenet, ThreatModel(norm), model, None)
+    except KeyError:  # not one of its models
+        return IMAGENET_PREPROCESSING
+    names: list[str] = [name for name, known in data.PREPROCESSINGS.items() if name and repr(known) == repr(found)]
+    return names[0] if names else found
 
 
 def load_function(name: str) -> Callable[[], Any]:
@@ -225,7 +251,7 @@ def only_test_files(dataset: Any) -> Iterator[None]:
 
 
 def _imagenet(
-    data_dir: Path, nb_examples: int | None, preprocessing: str
+    data_dir: Path, nb_examples: int | None, preprocessing: str | Callable[[Any], Any]
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     robustbench = _robustbench_data()
     try:
@@ -239,7 +265,7 @@ def _imagenet(
 
 
 def _image_folder(
-    folder: Path, nb_examples: int | None, preprocessing: str | None
+    folder: Path, nb_examples: int | None, preprocessing: str | Callable[[Any], Any] | None
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64], int]:
     from torchvision.datasets import ImageFolder
 
@@ -311,7 +337,9 @@ def _digits() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     return x, y
 
 
-def _transform(preprocessing: str | None) -> Callable[[Any], Any]:
+def _transform(preprocessing: str | Callable[[Any], Any] | None) -> Callable[[Any], Any]:
+    if callable(preprocessing):
+        return preprocessing
     known = _robustbench_data().PREPROCESSINGS
     if preprocessing not in known:
         names = ", ".join(name for name in known if name)

@@ -34,7 +34,8 @@ def load_state_dict(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Put the weights of a file into a network.
 
     Names may carry ``module.`` or ``_orig_mod.`` in front, and have or lack ``model.``. Where a file is of the network
-    without the normalisation that :func:`art_clat.create_backbone` puts before it, that keeps its constants.
+    without the normalisation that :func:`art_clat.create_backbone` puts before it, that keeps its constants; they may
+    have RobustBench's shape. Averaged weights (`ema_decay`) are taken where a file has both.
 
     :param model: The network.
     :param path: A ``.safetensors`` file, or one that ``torch.save`` wrote; of this package's trainer, too.
@@ -56,17 +57,23 @@ def load_state_dict(model: nn.Module, path: str | os.PathLike[str]) -> None:
         if isinstance(module, Normalize)
         for constant in ("mean", "std")
     }
-    optional = constants | {name for name in expected if name.endswith("num_batches_tracked") or name not in own}
-    shapes = [
-        f"{name} has shape {tuple(tensor.shape)} there, {tuple(expected[name].shape)} here"
+    tensors = {
+        name: tensor.reshape(expected[name].shape)
+        if name in constants and tensor.numel() == expected[name].numel()
+        else tensor
         for name, tensor in tensors.items()
-        if name in expected and tensor.shape != expected[name].shape
+    }
+    optional = constants | {name for name in expected if name.endswith("num_batches_tracked") or name not in own}
+    different = [name for name in tensors if name in expected and tensors[name].shape != expected[name].shape]
+    shapes = [
+        f"{name} has shape {tuple(tensors[name].shape)} there, {tuple(expected[name].shape)} here" for name in different
     ]
     missing = [name for name in expected if name not in tensors and name not in optional]
     surplus = [name for name in tensors if name not in expected and name not in own]
     if shapes or missing or surplus:
         found = [_first(shapes), _first(missing, "missing there: "), _first(surplus, "unknown here: ")]
-        other_classes = not missing and not surplus and len(shapes) <= 2  # weight and bias of the head
+        as_wide = all(tensors[name].shape[1:] == expected[name].shape[1:] for name in different)
+        other_classes = not missing and not surplus and len(different) <= 2 and as_wide  # weight and bias of the head
         names = [] if other_classes else likely_models(tensors)
         likely = f" It looks like timm's {' or '.join(names)}." if names else ""
         if other_classes:
@@ -112,7 +119,11 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
             f"one of {', '.join(ENTRIES)}, is accepted."
         )
     tensors: dict[str, torch.Tensor] = clean_state_dict(content)
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer:")}
+    averages = {name.removeprefix("average:"): t for name, t in tensors.items() if name.startswith("average:")}
+    if averages:
+        logger.info("%s has averaged weights; those are taken.", path)
+    of_network = {name: t for name, t in tensors.items() if not name.startswith(("optimizer:", "average:"))}
+    return of_network | averages
 
 
 def likely_models(tensors: Mapping[str, torch.Tensor]) -> list[str]:

@@ -68,6 +68,7 @@ def model_definition(
     dataset: str,
     norm: str,
     checkpoint_url: str | None = None,
+    preprocessing: str | None = None,
 ) -> str:
     """
     Write the Python file that makes a network loadable with RobustBench's ``load_model``.
@@ -84,8 +85,11 @@ def model_definition(
     :param norm: ``"Linf"`` or ``"L2"``.
     :param checkpoint_url: Where the weights can be downloaded, a ``state_dict`` saved with ``torch.save``; `None` if
            they cannot yet.
+    :param preprocessing: RobustBench's name of how ImageNet's images are resized and cropped. RobustBench derives that
+           from the network's ``default_cfg``, which then says so, where it can.
     :return: The file's text.
     :raises ValueError: If there is no source of `make`, or as :func:`timm_name`.
+    :raises ImportError: If `preprocessing` is given and RobustBench is not installed.
     """
     name = timm_name(model_id, dataset, norm)
     if not make.__qualname__.isidentifier():
@@ -101,9 +105,33 @@ def model_definition(
                 source = Path(inspect.getsourcefile(make) or "").read_text(encoding="utf-8").rstrip()
             except (TypeError, OSError) as error:
                 raise ValueError(f"`make`: the source of {make.__qualname__} is not available: {error}.") from error
+    config = None if preprocessing is None else _default_config(preprocessing)
+    if config is not None:
+        lines += [
+            'inner = getattr(model, "model", model)',
+            f'inner.default_cfg = {{**(getattr(inner, "default_cfg", None) or {{}}), **{config!r}}}',
+        ]
     return _DEFINITION.format(
         source=source, name=name, model_id=model_id, url=checkpoint_url, lines="\n    ".join(lines)
     )
+
+
+def _default_config(preprocessing: str) -> dict[str, object] | None:
+    """Write as timm does how images are resized and cropped; `None` where it cannot."""
+    robustbench_utils()
+    from robustbench.data import PREPROCESSINGS
+    from torchvision.transforms import CenterCrop, Resize
+
+    transforms: list[Any] = PREPROCESSINGS[preprocessing].transforms
+    resize, crop = transforms[0], transforms[1]
+    if not isinstance(resize, Resize) or not isinstance(crop, CenterCrop) or not isinstance(resize.size, int):
+        return None
+    size = int(crop.size[0])
+    return {
+        "input_size": (3, size, size),
+        "interpolation": resize.interpolation.value,
+        "crop_pct": size / resize.size,
+    }
 
 
 _IMPORTS = """import timm

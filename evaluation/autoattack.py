@@ -29,7 +29,7 @@ from art_clat.autoattack import VERSIONS
 from art_clat.distributed import Ranks
 from art_clat.robustness import PATIENCE
 from art_clat.sanity import count_classes
-from art_clat.sources import DATASETS, load_data, load_model
+from art_clat.sources import DATASETS, imagenet_preprocessing, load_data, load_model
 
 PACKAGES = ("art_clat", "torch", "numpy", "adversarial-robustness-toolbox", "timm", "pyautoattack", "robustbench")
 
@@ -45,7 +45,8 @@ def parse(arguments):
     add("--data-dir", type=Path, default=Path("data"), help="where CIFAR or ImageNet is")
     add(
         "--preprocessing",
-        help="RobustBench's name of how ImageNet's or a folder's images are resized, e.g. Res256Crop224",
+        help="RobustBench's name of how ImageNet's or a folder's images are resized; of ImageNet's, unless told, as "
+        "RobustBench does it for its models, Res256Crop224 for others",
     )
     add("--num-classes", type=int, help="if the data do not say")
     add("--n-examples", type=int, help="how many; all of them unless told")
@@ -92,6 +93,9 @@ def outputs_of(model, x):
 def run(args, command):
     """Evaluate, and let the first process write what came out."""
     device = choose_device(args.device)
+    preprocessing = args.preprocessing
+    if args.dataset == "imagenet" and preprocessing is None:
+        preprocessing = imagenet_preprocessing(args.model, args.norm)
     ranks = Ranks.join(device, PATIENCE)
     state = args.output / "state"
     if (args.output / "report.json").exists() and not state.exists():
@@ -103,7 +107,7 @@ def run(args, command):
                     args.dataset,
                     data_dir=args.data_dir,
                     nb_examples=args.n_examples,
-                    preprocessing=args.preprocessing,
+                    preprocessing=preprocessing,
                     nb_classes=args.num_classes,
                 )
                 models = [
@@ -163,7 +167,11 @@ def run(args, command):
         transfer_from={"name": args.transfer_from, "checkpoint": str(args.transfer_checkpoint)}
         if args.transfer_from
         else None,
-        data={"name": args.dataset, "shape": list(data.x.shape), "preprocessing": args.preprocessing},
+        data={
+            "name": args.dataset,
+            "shape": list(data.x.shape),
+            "preprocessing": repr(preprocessing) if callable(preprocessing) else preprocessing,
+        },
         batch_size=args.batch_size,
         command=command,
         processes=ranks.size,

@@ -71,7 +71,8 @@ class Row:
     """
     A row of the table. Accuracies are in [0, 1], or `None`.
 
-    :param group: The threat model: data, norm, ε, and number of examples, rows of which can be compared.
+    :param group: The threat model: data, norm, ε, AutoAttack's version and number of examples, rows of which can be
+           compared.
     :param name: The run.
     :param clean: Clean accuracy.
     :param pgd: Accuracy under PGD.
@@ -138,7 +139,9 @@ class Page:
 
         :return: Rows by threat model, the most robust first.
         """
-        ranked = sorted(self.rows, key=lambda row: (row.autoattack or -1.0, row.pgd or -1.0, row.clean), reverse=True)
+        ranked = sorted(
+            self.rows, key=lambda row: (_or_last(row.autoattack), _or_last(row.pgd), row.clean), reverse=True
+        )
         groups: dict[str, list[Row]] = {row.group: [] for row in ranked}
         for row in ranked:
             groups[row.group].append(row)
@@ -147,7 +150,7 @@ class Page:
     def _add_evaluation(self, name: str, folder: Path) -> None:
         report, about = RobustnessReport.load(folder)
         data = about.get("data")
-        dataset = str(data.get("name", "") if isinstance(data, dict) else data or "data not named")
+        dataset = str(data.get("name", "") if isinstance(data, dict) else data or f"data not named, {name}")
         restarts = f", {report.pgd_restarts} restarts" if report.pgd_restarts > 1 else ""
         notes = [f"PGD-{report.pgd_max_iter}{restarts}"]
         if report.transfer_accuracy is not None:
@@ -156,6 +159,8 @@ class Page:
         if dataset in ("cifar10", "cifar100", "imagenet") and report.autoattack is not None:
             notes += leaderboard_shortfalls(report, dataset)
         threat = f"{dataset}, {NORMS[report.norm]}, ε = {as_robustbench_writes(report.eps, report.norm)}"
+        if report.autoattack_version not in (None, "standard"):
+            threat += f", AutoAttack's {report.autoattack_version} version"
         self.rows.append(
             Row(
                 f"{threat}, {report.nb_examples:,} examples (two standard errors: up to "
@@ -291,6 +296,10 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a JSON object.")
     return content
+
+
+def _or_last(accuracy: float | None) -> float:
+    return -1.0 if accuracy is None else accuracy
 
 
 def _percent(value: float | None) -> str:

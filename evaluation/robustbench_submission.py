@@ -34,9 +34,15 @@ from torch import nn
 
 from art_clat import RobustnessReport, create_backbone, write_robustbench_entry
 from art_clat._robustbench import robustbench_utils
-from art_clat.robustbench import as_robustbench_writes, leaderboard_row, leaderboard_shortfalls, run_benchmark
+from art_clat.robustbench import (
+    as_robustbench_writes,
+    leaderboard_row,
+    leaderboard_shortfalls,
+    preprocessing_shortfalls,
+    run_benchmark,
+)
 from art_clat.robustness import ORDERS
-from art_clat.sources import TestData, load_data, load_function, load_model
+from art_clat.sources import IMAGENET_PREPROCESSING, TestData, load_data, load_function, load_model
 from art_clat.zoo import load_from_robustbench, model_definition, timm_name, write_checkpoint, zoo_entry
 
 TODO = "TODO"
@@ -242,9 +248,8 @@ def pack(args: argparse.Namespace, folder: Path) -> list[str]:
     setting = {"model_id": args.model_id, "dataset": dataset, "norm": norm}
     timm_name(**setting)  # refuses what RobustBench could not load
     check_new(args.model_id, dataset=dataset, norm=norm)
-    tests = load_data(
-        dataset, data_dir=args.data_dir, nb_examples=report.nb_examples, preprocessing=data.get("preprocessing")
-    )
+    preprocessing = (data.get("preprocessing") or IMAGENET_PREPROCESSING) if dataset == "imagenet" else None
+    tests = load_data(dataset, data_dir=args.data_dir, nb_examples=report.nb_examples, preprocessing=preprocessing)
     make, arguments = maker(model["name"], nb_classes=tests.nb_classes, input_size=tests.x.shape[1:])
     network = load_model(
         model["name"],
@@ -260,7 +265,7 @@ def pack(args: argparse.Namespace, folder: Path) -> list[str]:
     checkpoint = folder / "models" / dataset / norm / f"{args.model_id}.pt"
     for path in (definition, checkpoint, folder / "evaluation" / "report.json"):
         path.parent.mkdir(parents=True)
-    text = model_definition(make, arguments, **setting, checkpoint_url=args.checkpoint_url)
+    text = model_definition(make, arguments, **setting, checkpoint_url=args.checkpoint_url, preprocessing=preprocessing)
     definition.write_text(text, encoding="utf-8")
     write_checkpoint(network, checkpoint, definition, **setting)
     loaded = load_from_robustbench(definition, checkpoint, **setting)
@@ -278,9 +283,10 @@ def pack(args: argparse.Namespace, folder: Path) -> list[str]:
             *_, theirs = run_benchmark(
                 loaded, **setting, eps=report.eps, nb_examples=report.nb_examples, data_dir=args.data_dir,
                 directory=apart, batch_size=about["batch_size"], seed=report.seed, device=args.device,
+                preprocessing=preprocessing,
             )  # fmt: skip
         checks.append(compare(theirs, report.autoattack, "by RobustBench's own `benchmark`, with the same seed"))
-    doubts = leaderboard_shortfalls(report, dataset)
+    doubts = leaderboard_shortfalls(report, dataset) + preprocessing_shortfalls(preprocessing, **setting)
     row = leaderboard_row(args.model_id, dataset=dataset, norm=norm, directory=folder)
     note = f"\nNot a leaderboard claim as it stands: {'; '.join(doubts)}.\n" if doubts else ""
     note += "\nThe rank is that among the entries in this folder.\n"

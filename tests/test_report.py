@@ -137,6 +137,29 @@ def test_everything_is_on_the_page(script, tmp_path):
     assert "best, 50.00 %, in epoch 1 and 40.00 % in the last, 2" in figures[4]
 
 
+def test_what_cannot_be_compared_is_not_ranked_together(script, tmp_path):
+    folders = [
+        save_evaluation(tmp_path / "standard", 15, data="x"), save_evaluation(tmp_path / "random", 22, data="x"),
+        save_evaluation(tmp_path / "one", 10), save_evaluation(tmp_path / "other", 12),
+    ]  # fmt: skip
+    told = json.loads((tmp_path / "random" / "report.json").read_text())
+    (tmp_path / "random" / "report.json").write_text(json.dumps({**told, "autoattack_version": "rand"}))
+    page = script.Page()
+    for folder in folders:
+        page.add(folder)
+    assert sorted([row.name for row in rows] for rows in page.groups().values()) == [
+        ["one"], ["other"], ["random"], ["standard"]
+    ]  # fmt: skip
+
+
+def test_nothing_left_ranks_above_not_run(script, tmp_path):
+    page = script.Page()
+    page.add(save_evaluation(tmp_path / "not-run", 20, data="x", attacks=False))
+    page.add(save_evaluation(tmp_path / "nothing-left", 0, data="x"))
+    (rows,) = page.groups().values()
+    assert [row.name for row in rows] == ["nothing-left", "not-run"]
+
+
 def test_the_page_stands_alone_and_is_accessible(script, tmp_path):
     page = page_of(script, save_evaluation(tmp_path / "one", 30), save_history(tmp_path / "two" / "history.json"))
     names = {tag for tag, _ in page.tags}

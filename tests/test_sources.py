@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Code, Normed
+from conftest import Code, Normed, make_attack, make_classifier
 from evaluation_run import held_out, trained
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from art_clat import create_backbone
-from art_clat.sources import load_data, load_model
+from art_clat import AdversarialTrainerCLATPyTorch, create_backbone
+from art_clat.sources import imagenet_preprocessing, load_data, load_model
 from art_clat.state_dicts import load_state_dict, read_state_dict
 
 CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
@@ -40,6 +40,24 @@ class TestWeights:
         expected = {name: t.clone() + name.startswith("model.") for name, t in model.state_dict().items()}
         load_state_dict(model, tmp_path / "x.safetensors")
         assert all(torch.equal(t, expected[name]) for name, t in model.state_dict().items())
+
+    def test_in_robustbenchs_shape(self, tmp_path):
+        model = create_backbone("resnet10t", num_classes=5, mean=(0.1, 0.2, 0.3))
+        tensors = {name: t.view(1, 3, 1, 1) if name.startswith("normalize") else t + 1
+                   for name, t in model.state_dict().items()}  # fmt: skip
+        torch.save(tensors, tmp_path / "x.pt")
+        load_state_dict(model, tmp_path / "x.pt")
+        assert all(torch.equal(t, tensors[name].view(t.shape)) for name, t in model.state_dict().items())
+
+    def test_averages_are_taken_where_a_trainers_file_has_both(self, data, tmp_path):
+        classifier = make_classifier(Normed())
+        trainer = AdversarialTrainerCLATPyTorch(classifier, make_attack(classifier), warmup=1, ema_decay=0.9, seed=0)
+        trainer.fit(*data, batch_size=16, nb_epochs=1, verbose=False, checkpoint=tmp_path)
+        assert any(name.startswith("average:") for name in load_file(tmp_path / "last.safetensors"))
+        model = Normed()
+        load_state_dict(model, tmp_path / "last.safetensors")  # the trainer ends on the average
+        ended = classifier.model.state_dict()
+        assert all(torch.equal(t, ended[name]) for name, t in model.state_dict().items())
 
     def test_of_another_network_are_named_and_change_nothing(self, tmp_path, monkeypatch):
         models = ["resnet10t", "resnet18", "resnet34", "vgg11", "densenet121"]  # not all thousand
@@ -70,6 +88,12 @@ class TestWeights:
         torch.save(there, tmp_path / "x")
         with pytest.raises(ValueError, match=r"fc.weight has shape \(4, 512\) there, .* Another number of classes\?"):
             load_state_dict(create_backbone("resnet10t", num_classes=5), tmp_path / "x")
+
+    def test_of_another_width_are_not_taken_for_other_classes(self, model, tmp_path, monkeypatch):
+        monkeypatch.setattr("timm.list_models", lambda: ["resnet10t"])
+        torch.save({**model.state_dict(), "conv1.weight": torch.zeros(6, 3, 3, 3)}, tmp_path / "x")
+        with pytest.raises(ValueError, match=r"conv1.weight has shape \(6, 3, 3, 3\) there, \(6, 2, 3, 3\) here\.$"):
+            load_state_dict(model, tmp_path / "x")
 
     def test_with_code_are_not_executed(self, model, tmp_path):
         code = Code()
@@ -131,6 +155,24 @@ class TestModels:
 
 
 class TestData:
+    @pytest.mark.parametrize(
+        ("model", "expected"),
+        [
+            ("Salman2020Do_R18", "Res256Crop224"),
+            ("Liu2023Comprehensive_Swin-L", "BicubicRes256Crop224"),
+            ("resnet18", "Res256Crop224"),
+            ("conftest:Normed", "Res256Crop224"),
+            ("of_no_such_model", "Res256Crop224"),
+        ],
+    )
+    def test_imagenet_as_robustbench_resizes_it_for_its_models(self, model, expected):
+        assert imagenet_preprocessing(model, "Linf") == expected
+
+    def test_imagenet_as_robustbench_derives_it_from_timm(self):
+        made = imagenet_preprocessing("Debenedetti2022Light_XCiT-S12", "Linf")
+        image = Image.fromarray(np.zeros((300, 400, 3), np.uint8))
+        assert made(image).shape == (3, 224, 224) and "size=224, interpolation=bicubic" in repr(made)
+
     def test_digits_are_those_the_quickstart_holds_out(self):
         sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
         try:

@@ -12,6 +12,8 @@ from torch import nn
 
 from art_clat import create_backbone
 from art_clat._robustbench import robustbench_utils
+from art_clat.robustbench import preprocessing_shortfalls
+from art_clat.sources import load_function
 from art_clat.zoo import load_from_robustbench, model_definition, timm_name, write_checkpoint, zoo_entry
 
 BACKBONE = {
@@ -124,6 +126,26 @@ torch.save((loaded(x), other(x)), {str(tmp_path / "logits.pt")!r})
         loaded = load_from_robustbench(tmp_path / "definition.py", tmp_path / "weights.pt", **SETTING)
         x = torch.rand(2, 3, 32, 32)
         assert torch.equal(loaded(x), network(x))
+
+    @pytest.mark.parametrize("network", ["backbone", "own"])
+    @pytest.mark.parametrize("preprocessing", ["Res256Crop224", "BicubicRes256Crop224", "Crop288"])
+    def test_robustbench_makes_imagenets_images_as_the_evaluation_did(self, tmp_path, network, preprocessing):
+        setting = {"model_id": f"Me2026{network}-{preprocessing}", "dataset": "imagenet", "norm": "Linf"}
+        make, arguments = create_backbone, {**BACKBONE, "num_classes": 1000}
+        if network == "own":
+            (tmp_path / "own.py").write_text("from torch import nn\n\n\ndef make():\n    return nn.Linear(4, 1000)\n")
+            make, arguments = load_function(f"{tmp_path / 'own.py'}:make"), {}
+        text = model_definition(make, arguments, **setting, preprocessing=preprocessing)
+        (tmp_path / "definition.py").write_text(text)
+        load_from_robustbench(tmp_path / "definition.py", None, **setting)
+        found = preprocessing_shortfalls(preprocessing, **setting)
+        if preprocessing == "Crop288":  # which timm's configurations cannot say
+            assert len(found) == 1 and "evaluated on images made by Compose( CenterCrop(size=(288, 288))" in found[0]
+        else:
+            assert found == []
+        other = preprocessing_shortfalls("Res224", **setting)
+        assert len(other) == 1 and "Resize(size=[224, 224]" in other[0]
+        assert preprocessing_shortfalls(None, **{**setting, "dataset": "cifar10"}) == []
 
     def test_other_networks_are_defined_by_their_module(self, tmp_path, monkeypatch):
         """What is more than an adaptation that is known is not guessed."""
