@@ -660,10 +660,13 @@ def differences(config, name, found):
     """Write in Markdown how a table's arms differ, seed by seed, from those they are compared with."""
     compared = references(config, config["tables"][name])
     lines = [
-        "| arm | against | AutoAttack | p | PGD-20 | p | best epochs: AutoAttack | p | PGD-20 | p | clean | p |",
-        "|" + " --- |" * 12,
+        "| arm | against | AutoAttack | p | PGD-20 | p | best epochs: AutoAttack | p | PGD-20 | p | clean | p | "
+        "validation | p |",
+        "|" + " --- |" * 14,
     ]
     columns = [(when, what) for when in ("last", "best") for what in ("autoattack", "pgd20")] + [("last", "clean")]
+    figures = [lambda run, when=when, what=what: run["results"][when][what] for when, what in columns]
+    figures.append(_validated)
     for other in dict.fromkeys(other for others in compared.values() for other in others):
         for arm in (arm for arm, others in compared.items() if other in others):
             runs, baseline = done(found[arm]), done(found.get(other, {}))
@@ -671,13 +674,19 @@ def differences(config, name, found):
             if not common:
                 continue
             cells = []
-            for when, what in columns:
-                pair = ([group[seed]["results"][when][what] for seed in common] for group in (runs, baseline))
-                *difference, p = paired(*pair)
-                cells += [_percent(difference, signed=True), "" if np.isnan(p) else f"{p:.3f}"]
+            for figure in figures:
+                *difference, p = paired(*([figure(group[seed]) for seed in common] for group in (runs, baseline)))
+                known = not np.isnan(difference[0])
+                cells += [_percent(difference, signed=True) if known else "", "" if np.isnan(p) else f"{p:.3f}"]
             titles = (config["arms"][one]["title"] for one in (arm, other))
             lines.append(f"| {' | '.join(titles)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _validated(run):
+    """Give the accuracy on validation images after the last epoch, under the training attack; NaN without an epoch."""
+    epochs = run["history"]["epochs"]
+    return epochs[-1]["robust_accuracy"] if epochs else float("nan")
 
 
 def second_stages(config, found):
@@ -691,7 +700,7 @@ def second_stages(config, found):
         histories = [run["history"] for run in done(runs).values() if run["history"]["epochs"]]
         if not histories:
             continue
-        cells = [f"{100 * np.mean([history['epochs'][-1]['robust_accuracy'] for history in histories]):.1f}"]
+        cells = [f"{100 * np.mean([_validated(run) for run in done(runs).values()]):.1f}"]
         terms = np.mean([[h["epochs"][at]["criticality_loss"] for at in (0, -1)] for h in histories], axis=0)
         cells += [f"{term:.3g}" for term in terms] if any(terms) else ["", ""]
         for figure in ("criticality", "relative_error"):
@@ -879,7 +888,8 @@ def aggregate(bench):
         "candidate. *trained* is the mean share of the parameters over the selections. "
         "The seconds an epoch have the selections in them, and whatever else the machine did.",
         "Differences are paired by seed; p is the paired t-test's, not corrected for the number of comparisons, best "
-        "epochs are compared with best epochs.",
+        f"epochs are compared with best epochs. *validation* is the last epoch's accuracy under the training attack on "
+        f"{validated} validation images, by which the package's defaults are to be chosen, not by test images.",
         f"`python evaluation/paper_tables.py run --preset {bench.name} --data DIR` and `… aggregate --preset "
         f"{bench.name}`, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, "
         f"{'; '.join(sorted({run['machine'] for run in runs}))}.",

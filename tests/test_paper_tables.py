@@ -319,6 +319,13 @@ def test_differences_are_those_of_the_runs(done):
             assert row[at].startswith(f"{difference.mean():+.1f}")
             if np.ptp(difference) > 1e-9:
                 assert row[at + 1] == f"{stats.ttest_1samp(difference, 0).pvalue:.3f}"
+        last = ([100 * read(done, name, seed)["history"]["epochs"][-1]["robust_accuracy"] for seed in (0, 1)]
+                for name in (one, other))  # fmt: skip
+        assert row[12].startswith(f"{np.subtract(*last).mean():+.1f}")
+    for seed in (0, 1):  # which nothing is validated of
+        found["pgd_at"][seed]["history"]["epochs"].clear()
+    _, _, row, *_ = rows_of(paper_tables.differences(config, "A", found))
+    assert row[2] and row[12:] == ["", ""]
 
 
 def test_what_the_second_stage_did_is_in_the_histories(done):
