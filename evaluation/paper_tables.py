@@ -792,13 +792,18 @@ def trained_share(config, found, seeds):
     """
     Give what robust overfitting is set against: by objective and learning-rate factor the arms' shares of trained
     parameters and their test PGD-20 accuracies after the last epoch, one a seed. Arms that have not all seeds are left
-    out, and those of other first stages, without further epochs or with averaged weights.
+    out, and those of other first stages, without further epochs, with averaged weights or frozen norms.
     """
     groups = {}
     for name in found:
         arm, runs = resolve(config, name), done(found[name]).values()
         trainer = arm.get("trainer", {})
-        if len(runs) < len(seeds) or "base" in arm or arm.get("epochs") == 0 or "ema_decay" in trainer:
+        if (
+            len(runs) < len(seeds)
+            or "base" in arm
+            or arm.get("epochs") == 0
+            or trainer.keys() & {"ema_decay", "freeze_norms"}
+        ):
             continue
         objective = "pgd_at" if arm.get("whole_network") else trainer.get("objective", "adversarial")
         factor = next(iter(runs))["tuned"].get("lr", arm.get("lr", 1.0))
