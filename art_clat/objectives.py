@@ -335,7 +335,7 @@ def make_objective(name: str, network: Network, layers: Sequence[Layer], weight:
     return _OBJECTIVES[name][0](network, layers, weight)
 
 
-register_objective("adversarial", weight=0.05)(AdversarialCLAT)
+register_objective("adversarial", weight=0.02)(AdversarialCLAT)
 register_objective("clean", weight=0.05)(CleanCLAT)
 register_objective("clean_single_step", weight=0.05)(partial(CleanCLAT, single_step=True))
 register_objective("relative", weight=1.0)(partial(AdversarialCLAT, relative=True))

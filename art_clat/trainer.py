@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +48,22 @@ logger = logging.getLogger(__name__)
 
 #: Batches between two looks, on a GPU, at whether everything is finite. A look makes the processor wait for it.
 LOOK_EVERY = 50
+
+
+class Preset(NamedTuple):
+    """
+    What the paper leaves open and the user does not say.
+
+    :param objective: What the second stage minimises.
+    :param freeze_norms: Whether the chosen layers' norms are left alone.
+    """
+
+    objective: str
+    freeze_norms: bool
+
+
+#: Presets by name. The default one is what evaluation/results/paper_tables found best on validation images.
+PRESETS = {"default": Preset("adversarial", freeze_norms=True), "paper": Preset("clean", freeze_norms=False)}
 
 
 class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
@@ -92,11 +108,12 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         selection: str | Sequence[str] | SelectionRule = "criticality",
         budget: float | Budget = 0.05,
         reselect_every: int = 10,
-        objective: str = "adversarial",
+        preset: str = "default",
+        objective: str | None = None,
         ema_decay: float | None = None,
         head_eligible: bool = False,
         after_norm: bool = False,
-        freeze_norms: bool = False,
+        freeze_norms: bool | None = None,
         granularity: Granularity = "layer",
         predecessor: str = "execution",
         selection_samples: int = 1024,
@@ -127,6 +144,8 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         :param budget: Share of the layers that are chosen, in (0, 1]; at least one is. Or a :class:`art_clat.Budget`: a
                number of layers, or a share of the parameters.
         :param reselect_every: Number of epochs, at least 1, after which the layers are chosen again.
+        :param preset: Where `objective` and `freeze_norms` come from if `None`. ``"default"``: ``"adversarial"``, norms
+               frozen, which did best on validation images. ``"paper"``: ``"clean"``, the norms of the chosen layers trained.
         :param objective: ``"adversarial"``: cross-entropy on the attack's examples, and the feature distance at the
                same perturbations, one attack a batch. ``"clean"``: eq. 5 and 6 to the letter, clean cross-entropy, and
                the feature distance under an inner attack of its own, in the ball and with the steps of the attack of
@@ -143,7 +162,8 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
                `False` they are what the convolution itself returns, the literal reading; before a BatchNorm their
                distance can shrink by the weights' scale alone, which changes nothing in what the network computes.
         :param freeze_norms: Leave a chosen layer's norm as the first stage made it, weights and running statistics, and
-               train its weighted module alone.
+               train its weighted module alone: it cannot scale back then what the feature distance has shrunk. For
+               layers of another `granularity` it is `False`.
         :param granularity: What counts as one layer: ``"layer"``, a weighted leaf module with the norm on its output;
                ``"block"``, timm's own grouping (``group_matcher``); or a list of module names and regular expressions
                that match whole names. Blocks and modules are trained with all their parameters.
@@ -176,6 +196,10 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
             check.check_attack(attack, classifier, argument="attacks")
         check.check_share(ratio, argument="ratio")
         check.check_whole(warmup, 0, argument="warmup")
+        if preset not in PRESETS:
+            raise ValueError(f"`preset` must be one of {', '.join(map(repr, PRESETS))}, got {preset!r}.")
+        settings = PRESETS[preset]
+        objective = settings.objective if objective is None else objective
         if objective not in objectives():
             raise ValueError(f"`objective` must be one of {', '.join(map(repr, objectives()))}, got {objective!r}.")
         if first_stage not in FIRST_STAGES:
@@ -191,6 +215,8 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         check.check_whole(reselect_every, 1, argument="reselect_every")
         check.check_whole(selection_samples, 1, argument="selection_samples")
         check_layers_wanted(granularity, predecessor, after_norm=after_norm)
+        if freeze_norms is None:
+            freeze_norms = settings.freeze_norms and granularity == "layer"
         if freeze_norms and granularity != "layer":
             raise ValueError(f"`freeze_norms` asks for `granularity='layer'`, got {granularity!r}.")
         find_groups(classifier.model, granularity)

@@ -159,7 +159,8 @@ def make_trainer(model, preset, *, lr, device, seed, **arguments):
         augmentation=AUGMENTATIONS[preset.get("augmentation", "none")],
         channels_last=preset.get("channels_last", False),
         amp=preset.get("amp", False),
-        **arguments,
+        # What an arm does not say is said here, whatever the package's defaults become.
+        **{"objective": "adversarial", "freeze_norms": False, **arguments},
     )
 
 

@@ -199,7 +199,7 @@ def try_model(model, side, seed):
     for layer in {layers[0], layers[len(layers) // 2], critical}:
         check_early_stop(network, layer, inputs, inputs + noise)
 
-    trainer = AdversarialTrainerCLATPyTorch(classifier, attack, seed=seed)
+    trainer = AdversarialTrainerCLATPyTorch(classifier, attack, freeze_norms=False, seed=seed)
     state = state_of(model)
     trainer.fit(x, y, batch_size=NB_IMAGES // 2, nb_epochs=1, verbose=False)
     check_same_state(state, model, "training")

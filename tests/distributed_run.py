@@ -44,7 +44,7 @@ def make_trainer(*, numpy=False, dropout=0.0, norm=None, **kwargs):
     if numpy:
         attacks.append(make_attack(classifier, norm=3, eps=0.5, eps_step=0.2))
     settings = {"warmup": 2, "reselect_every": 2, "criticality_weight": 0.1, "selection_samples": 33, "seed": 0}
-    return AdversarialTrainerCLATPyTorch(classifier, attacks, **{**settings, **kwargs})
+    return AdversarialTrainerCLATPyTorch(classifier, attacks, **{"freeze_norms": False, **settings, **kwargs})
 
 
 def fit(trainer, data=None, **kwargs):
@@ -145,7 +145,7 @@ def make_trainer_with(*, model=None, loss=None, momentum=0, factor=None):
     if momentum:
         for parameter in model.parameters():
             classifier.optimizer.state[parameter]["momentum_buffer"] = torch.ones_like(parameter)
-    return AdversarialTrainerCLATPyTorch(classifier, make_attack(classifier), warmup=2, seed=0)
+    return AdversarialTrainerCLATPyTorch(classifier, make_attack(classifier), warmup=2, freeze_norms=False, seed=0)
 
 
 def hooks_left(output):

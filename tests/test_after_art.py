@@ -58,7 +58,7 @@ def test_goes_on_from_there(data, make):
     trained = copy.deepcopy(model.state_dict())
     assert all(not torch.equal(trained[name], before[name]) for name, _ in model.named_parameters())
 
-    trainer = AdversarialTrainerCLATPyTorch(classifier, make_attack(classifier), seed=0)
+    trainer = AdversarialTrainerCLATPyTorch(classifier, make_attack(classifier), freeze_norms=False, seed=0)
     if make is fbf:
         with pytest.raises(ValueError, match="learning rate 0"):
             trainer.fit(*data, batch_size=16, nb_epochs=1, verbose=False)

@@ -66,7 +66,7 @@ def make_run(
     attacks = [make_attack(classifier, num_random_init=1), FastGradientMethod(classifier, eps=0.1)]
     settings = {
         "ratio": 0.7, "warmup": 2, "reselect_every": 2, "criticality_weight": 0.1, "budget": 0.4, "seed": 3,
-        "augmentation": v2.RandomHorizontalFlip(), "ema_decay": 0.8, **kwargs,
+        "augmentation": v2.RandomHorizontalFlip(), "ema_decay": 0.8, "freeze_norms": False, **kwargs,
     }  # fmt: skip
     trainer = AdversarialTrainerCLATPyTorch(classifier, attacks, **settings)
     make_scheduler = scheduler or (lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=8))

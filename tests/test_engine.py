@@ -29,7 +29,9 @@ QUIET = {"verbose": False}
 
 
 def make_trainer(classifier, **kwargs):
-    return AdversarialTrainerCLATPyTorch(classifier, make_attack(classifier), **{"seed": 0, **kwargs})
+    return AdversarialTrainerCLATPyTorch(
+        classifier, make_attack(classifier), **{"seed": 0, "freeze_norms": False, **kwargs}
+    )
 
 
 @pytest.fixture(scope="module")

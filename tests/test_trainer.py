@@ -28,7 +28,7 @@ QUIET = {"verbose": False}
 
 
 def make_trainer(classifier, attacks=None, **kwargs):
-    settings = {"seed": 0, "criticality_weight": 0.1, **kwargs}
+    settings = {"seed": 0, "criticality_weight": 0.1, "freeze_norms": False, **kwargs}
     return AdversarialTrainerCLATPyTorch(classifier, attacks or make_attack(classifier), **settings)
 
 
@@ -397,6 +397,43 @@ class TestAverage:
             trainer.fit(*data, validation_data=data, batch_size=16, nb_epochs=2, **QUIET)
             losses.append([record.loss for record in trainer.history.epochs])
         assert losses[0] == losses[1]
+
+
+class TestPresets:
+    """What becomes of norms goes by the preset, unless the user says it."""
+
+    def test_default_leaves_norms_alone(self, normed, data):
+        classifier = make_classifier(normed)
+        trainer = AdversarialTrainerCLATPyTorch(classifier, make_attack(classifier), selection=["conv2"], seed=0)
+        before = snapshot(normed)
+        trainer.fit(*data, nb_epochs=1, **QUIET)
+        assert moved(normed, before) == {"conv2.weight"} and trainer.objective == "adversarial"
+
+    def test_papers_trains_them_on_clean_cross_entropy(self, normed, data):
+        classifier = make_classifier(normed)
+        trainer = AdversarialTrainerCLATPyTorch(
+            classifier, make_attack(classifier), preset="paper", selection=["conv2"], seed=0
+        )
+        before = snapshot(normed)
+        trainer.fit(*data, nb_epochs=1, **QUIET)
+        assert {"bn2.weight", "bn2.running_mean"} < moved(normed, before) and trainer.objective == "clean"
+
+    def test_what_the_user_says_goes_before(self, normed):
+        classifier = make_classifier(normed)
+        trainer = AdversarialTrainerCLATPyTorch(
+            classifier, make_attack(classifier), preset="paper", objective="pgd_at", freeze_norms=True
+        )
+        assert trainer.objective == "pgd_at" and trainer.freeze_norms
+
+    def test_larger_layers_keep_their_norms(self, normed):
+        classifier = make_classifier(normed)
+        trainer = AdversarialTrainerCLATPyTorch(classifier, make_attack(classifier), granularity=["conv2"])
+        assert not trainer.freeze_norms
+
+    def test_that_is_none(self, normed):
+        classifier = make_classifier(normed)
+        with pytest.raises(ValueError, match="`preset` must be one of 'default', 'paper', got 'clean'"):
+            AdversarialTrainerCLATPyTorch(classifier, make_attack(classifier), preset="clean")
 
 
 class TestArgumentsArrive:
