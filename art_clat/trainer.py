@@ -145,7 +145,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
                number of layers, or a share of the parameters.
         :param reselect_every: Number of epochs, at least 1, after which the layers are chosen again.
         :param preset: Where `objective` and `freeze_norms` come from if `None`. ``"default"``: ``"adversarial"``, norms
-               frozen, which did best on validation images. ``"paper"``: ``"clean"``, norms of the chosen layers trained.
+               frozen, which did best on validation images. ``"paper"``: ``"clean"``, norms of chosen layers trained.
         :param objective: ``"adversarial"``: cross-entropy on the attack's examples, and the feature distance at the
                same perturbations, one attack a batch. ``"clean"``: eq. 5 and 6 to the letter, clean cross-entropy, and
                the feature distance under an inner attack of its own, in the ball and with the steps of the attack of
