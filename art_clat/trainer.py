@@ -62,7 +62,7 @@ class Preset(NamedTuple):
     freeze_norms: bool
 
 
-#: Presets by name. The default one is what evaluation/results/paper_tables found best on validation images.
+#: Presets by name. The default one was chosen on validation images, see evaluation/results/paper_tables.
 PRESETS = {"default": Preset("adversarial", freeze_norms=True), "paper": Preset("clean", freeze_norms=False)}
 
 
@@ -145,7 +145,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
                number of layers, or a share of the parameters.
         :param reselect_every: Number of epochs, at least 1, after which the layers are chosen again.
         :param preset: Where `objective` and `freeze_norms` come from if `None`. ``"default"``: ``"adversarial"``, norms
-               frozen, which did best on validation images. ``"paper"``: ``"clean"``, norms of chosen layers trained.
+               frozen, which helped on validation images. ``"paper"``: ``"clean"``, norms of chosen layers trained.
         :param objective: ``"adversarial"``: cross-entropy on the attack's examples, and the feature distance at the
                same perturbations, one attack a batch. ``"clean"``: eq. 5 and 6 to the letter, clean cross-entropy, and
                the feature distance under an inner attack of its own, in the ball and with the steps of the attack of
