@@ -223,8 +223,12 @@ class Bench:
     """One preset's runs: where they are kept, and how each is made."""
 
     def __init__(self, config, name, *, results, work, data, device="cpu"):
-        self.config, self.name, self.preset = config, name, resolve_preset(config, name)
+        self.name, self.preset = name, resolve_preset(config, name)
+        tables = self.preset.get("tables", config["tables"])
+        self.config = {**config, "tables": {table: config["tables"][table] for table in tables}}
         self.results, self.data, self.device = Path(results) / name, data, device
+        other = self.preset.get("tuned_in")  # the preset whose tuning counts here, too
+        self.tuner = self if other is None else Bench(config, other, results=results, work=work, data=data)
         self.work = Path(work) / f"{name}-{self.fingerprint({})}"  # what another preset has begun is not gone on with
         self.total = self.preset["first_stage_epochs"] + self.preset["epochs"]
 
@@ -297,7 +301,9 @@ class Bench:
         )
 
     def tuning_jobs(self, name):
-        """Give an arm's tuning runs: one for each value and tuning seed."""
+        """Give an arm's tuning runs: one for each value and tuning seed; none where another preset's tuning counts."""
+        if self.tuner is not self:
+            return []
         arm = self.config["arms"][name]
         return [(values, seed) for values in grid(arm) for seed in self.preset["tuning_seeds"]]
 
@@ -346,6 +352,8 @@ class Bench:
         return [result["error"] for result in found if result and result.get("status") == "failed"]
 
     def _tuning_results(self, owner, values):
+        if self.tuner is not self:
+            return self.tuner._tuning_results(owner, values)
         files = [self.tuning_file(owner, values, seed) for seed in self.preset["tuning_seeds"]]
         return [self.read(file, resolve(self.config, owner)) for file in files]
 
@@ -445,7 +453,8 @@ class Bench:
 
     def fingerprint(self, arm):
         """Give a text that changes with the preset, and with what an arm says."""
-        what = {"preset": {k: v for k, v in self.preset.items() if k not in ("seeds", "tuning_seeds")}, "arm": arm}
+        preset = {k: v for k, v in self.preset.items() if k not in ("seeds", "tuning_seeds", "tables")}
+        what = {"preset": preset, "arm": arm}
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
     def is_done(self, path, name, *, retry=False):
@@ -470,6 +479,10 @@ class Bench:
 
 def run_all(bench, arms, seeds, *, retry=False):
     """Do every job that is left; those of other processes are waited for only where they are needed."""
+    if bench.tuner is not bench and (untuned := [name for name in arms if bench.tuned(name) is None]):
+        raise SystemExit(
+            f"The preset {bench.tuner.name} has not tuned yet: {', '.join(untuned)}. Run these there first."
+        )
     owners = list(dict.fromkeys(resolve(bench.config, name)["tuned_by"] for name in arms))
     jobs = [
         (
@@ -910,7 +923,17 @@ def aggregate(bench):
             begun[name] = content
             shown |= set(content["arms"])
     for name, content in begun.items():
-        text += [f"## {name}. {content['title']}", table(config, name, found, seeds), differences(config, name, found)]
+        text += [f"## {name}. {content['title']}", *([content["note"]] if "note" in content else [])]
+        text += [table(config, name, found, seeds), differences(config, name, found)]
+        if bench.tuner is not bench:
+            earlier = collect(bench.tuner, content["arms"], bench.tuner.preset["seeds"])
+            together = {arm: {**earlier[arm], **found[arm]} for arm in content["arms"]}
+            text += [
+                f"### Together with the seeds of `{bench.tuner.name}`",
+                "Arms that were picked for what they reached on those seeds look better here than they are.",
+                table(config, name, together, [*bench.tuner.preset["seeds"], *seeds]),
+                differences(config, name, together),
+            ]
     if missing := [name for name in config["tables"] if name not in begun]:
         text += [f"Not run yet: table {', '.join(missing)}."]
     measurements = [bench.read(bench.stability_file(seed), {}) for seed in seeds]
@@ -979,6 +1002,7 @@ def main():
     if args.preset not in config["presets"]:
         parser.error(f"--preset must be one of {', '.join(config['presets'])}, got {args.preset}")
     bench = Bench(config, args.preset, results=args.results, work=args.work, data=args.data, device=args.device)
+    config = bench.config
     if args.command == "aggregate":
         aggregate(bench)
         return

@@ -83,7 +83,7 @@ class TestConfiguration:
         gpu, full = (paper_tables.resolve_preset(CONFIG, name) for name in ("gpu", "full"))
         assert full == {**gpu, "amp": False, "channels_last": False, "autoattack_images": 10_000}
         assert paper_tables.resolve_preset(CONFIG, "full_densenet121") == {**full, "backbone": "densenet121_cifar"}
-        settings = set(gpu) | {"stem_stride", "validated_images", "backbone_arguments"}
+        settings = set(gpu) | {"stem_stride", "validated_images", "backbone_arguments", "tuned_in"}
         assert all(set(paper_tables.resolve_preset(CONFIG, name)) <= settings for name in CONFIG["presets"])
 
     def test_like_takes_over_all_but_what_is_given(self):
@@ -395,3 +395,43 @@ def test_stability(done):
     text = paper_tables.stability_table(made_up)
     assert "| two seeds, PGD, 64 samples | -1.00 (-1.00 to -1.00) | 0 % |" in text
     assert "| PGD, 8 samples, and PGD, 64 samples, the same network | 0.00 (-1.00 to 1.00) | 50 % |" in text
+
+
+def test_fresh_seeds_take_what_another_preset_tuned_and_are_shown_by_themselves_and_together(done, tmp_path):
+    arms = ["pgd_at", "clat_random"]
+    config = {
+        **done.config,
+        "presets": {
+            "smoke": done.preset,
+            "again": {"like": "smoke", "seeds": [2, 3], "tuned_in": "smoke", "tables": ["F"]},
+        },
+        "tables": {
+            **done.config["tables"],
+            "F": {"title": "Again", "arms": arms, "against": ["pgd_at"], "note": "Why."},
+        },
+    }
+    bench = paper_tables.Bench(config, "again", results=done.results.parent, work=tmp_path, data=None)
+    paper_tables.run_all(bench, arms, [2, 3])
+    assert not (bench.results / "tuning").exists()
+    assert read(bench, "clat_random", 2)["tuned"] == read(done, "clat_random", 0)["tuned"]
+    paper_tables.aggregate(bench)
+    text = (bench.results / "results.md").read_text()
+    assert "## A." not in text and "## F. Again\n\nWhy.\n" in text
+    accuracy = {
+        arm: [
+            read(b, arm, seed)["results"]["last"]["clean"] for b, seed in ((done, 0), (done, 1), (bench, 2), (bench, 3))
+        ]
+        for arm in arms
+    }
+    rows = [row for row in rows_of(text) if row[:1] == ["CLAT objective on random layers"]]
+    alone, together = ([row for row in rows if row[1] == count] for count in ("2 of 2", "4 of 4"))
+    assert len(alone) == len(together) == 1
+    assert alone[0][2].startswith(f"{100 * np.mean(accuracy['clat_random'][2:]):.1f} ±")
+    assert together[0][2].startswith(f"{100 * np.mean(accuracy['clat_random']):.1f} ±")
+    differences = [row[10] for row in rows if row[1] == "PGD-AT continued"]
+    means = [
+        np.mean(np.subtract(accuracy["clat_random"], accuracy["pgd_at"])[part]) for part in (slice(2, 4), slice(4))
+    ]
+    assert [cell.split(" ")[0] for cell in differences] == [f"{100 * mean:+.1f}" for mean in means]
+    with pytest.raises(SystemExit, match="smoke has not tuned yet: rule_first"):
+        paper_tables.run_all(bench, ["rule_first"], [2])
