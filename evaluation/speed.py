@@ -1,7 +1,8 @@
 """
 What an epoch costs: ART's trainers against this package's, side by side in one run.
 
-    python evaluation/speed.py --batch-size 64 --repeats 3   # every model, on the CPU: half an hour on two cores
+    python evaluation/speed.py --batch-size 64              # every model, on the CPU: an hour on two cores
+    python evaluation/speed.py --batch-size 64 --savings    # what each way of saving time brings
     python evaluation/speed.py --device cuda --batch-size 128 --batches 8
     python evaluation/speed.py --preset smoke      # a minute; shows that it runs, not how fast
 
@@ -28,6 +29,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import timm
@@ -52,6 +54,31 @@ from art_clat.guest import evaluation_mode
 from art_clat.network import Network
 
 ATTACK = {"eps": 8 / 255, "eps_step": 2 / 255, "max_iter": 10, "num_random_init": 1}
+
+
+def backward(loss, x):
+    """Take an input gradient as ART does: with all weight gradients beside it."""
+    loss.backward()
+    return (x.grad,)
+
+
+#: What takes each saving away, by its name.
+SAVINGS = {
+    "the attack computes no weight gradients": (
+        mock.patch("art_clat.network.only_trainable", lambda *_: contextlib.nullcontext()),
+        mock.patch("torch.autograd.grad", backward),
+    ),
+    "the attack runs in chunks": (mock.patch("art_clat.attacks.CHUNK_ELEMENTS", 10**12),),
+    "a frozen BatchNorm's gradient is one multiplication": (
+        mock.patch("art_clat.network.BatchNorms", lambda *_: contextlib.nullcontext()),
+    ),
+    "passes for features end at the deepest": (
+        mock.patch("art_clat.features.tap", lambda sites, show, *, stop=False: tap(sites, show)),
+    ),
+    "the update computes no gradients of frozen layers": (
+        mock.patch("art_clat.trainer.only_trainable", lambda *_: contextlib.nullcontext()),
+    ),
+}
 
 
 class Whole(nn.Module):
@@ -212,12 +239,8 @@ class Bench:
         else:
             trainer.fit(self.x, self.y, batch_size=self.args.batch_size, nb_epochs=1, verbose=False)
 
-    def run(self):
-        """Time everything, in turn."""
-        positions, shares = self.layers_at()
-        made = self.contenders(positions)
-        jobs = {name: lambda name=name, trainer=trainer: self.epoch(name, trainer) for name, trainer in made.items()}
-        jobs |= self.forward_and_criticality(positions)
+    def in_turn(self, jobs, made):
+        """Time jobs, in turn: by name the seconds of every repeat, and why those failed that may."""
         seconds = {name: [] for name in jobs}
         failed = {}
         order = random.Random(self.args.seed)  # another one in each repeat: none always runs after the same other
@@ -242,6 +265,33 @@ class Bench:
                 if repeat >= 0:
                     seconds[name].append(spent)
             print(f"  repeat {repeat + 1} of {self.args.repeats}", file=sys.stderr)
+        return seconds, failed
+
+    def run_savings(self):
+        """Time the epochs of this package with all that saves time, and without each in turn."""
+        positions, _ = self.layers_at()
+        contenders = self.contenders(positions)
+        jobs, made = {}, {}
+        for name in ("PGD-AT", "CLAT adversarial, first half", "CLAT clean, first half"):
+            for saving in (None, *SAVINGS):
+
+                def job(name=name, saving=saving):
+                    with contextlib.ExitStack() as stack:
+                        for patch in SAVINGS.get(saving, ()):
+                            stack.enter_context(patch)
+                        self.epoch(name, contenders[name])
+
+                jobs[f"{name} / {saving}"], made[f"{name} / {saving}"] = job, contenders[name]
+        seconds, _ = self.in_turn(jobs, made)
+        return {"layers": positions, "batches": self.batches, "seconds": seconds}
+
+    def run(self):
+        """Time everything, in turn."""
+        positions, shares = self.layers_at()
+        made = self.contenders(positions)
+        jobs = {name: lambda name=name, trainer=trainer: self.epoch(name, trainer) for name, trainer in made.items()}
+        jobs |= self.forward_and_criticality(positions)
+        seconds, failed = self.in_turn(jobs, made)
         counted, peak = {}, {}
         for name, trainer in made.items():
             if name in failed or "=True" in name:
@@ -414,6 +464,31 @@ def tables(results, setting):
     return "\n".join(lines)
 
 
+def savings_tables(results, setting):
+    """Write as Markdown what each way of saving time brings."""
+    lines = ["# What each saving brings", ""]
+    lines += [
+        f"{setting['machine']}, {setting['device']}; {setting['date']}; batches of {setting['batch size']} images of "
+        f"3×32×32, PGD with {ATTACK['max_iter']} steps; medians of {setting['repeats']} repeats, in random order. "
+        "Seconds of an epoch, and how many times as many it takes with one saving taken away, all others in place. "
+        "CLAT's chosen layer is the last in the first half of the network's FLOPs.",
+        "",
+    ]
+    for model, result in results.items():
+        median = {name: statistics.median(times) for name, times in result["seconds"].items()}
+        epochs = list(dict.fromkeys(name.split(" / ")[0] for name in median))
+        lines += [f"## {model}", "", f"| without | {' | '.join(epochs)} |", "| --- |" + " --- |" * len(epochs)]
+        lines.append(
+            "| (nothing taken away, seconds) | " + " | ".join(f"{median[f'{e} / None']:.2f}" for e in epochs) + " |"
+        )
+        for saving in SAVINGS:
+            ratios = " | ".join(f"{median[f'{e} / {saving}'] / median[f'{e} / None']:.2f}" for e in epochs)
+            lines.append(f"| {saving} | {ratios} |")
+        lines.append("")
+    lines += ["```json", json.dumps(setting, indent=2), "```", ""]
+    return "\n".join(lines)
+
+
 def main():
     """Run what is not done yet, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -424,13 +499,15 @@ def main():
     parser.add_argument("--batches", type=int, help="batches in an epoch; default: 4 for the small CNN, 1 for others")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="Markdown; default: evaluation/results/speed-DEVICE.md")
+    parser.add_argument("--savings", action="store_true", help="take what saves time away, one thing at a time")
+    parser.add_argument("--output", type=Path, help="Markdown; default: evaluation/results/speed[-savings]-DEVICE.md")
     parser.add_argument("--tables-only", action="store_true", help="write the Markdown from the JSON beside it")
     args = parser.parse_args()
     args.smoke = args.preset == "smoke"
     if args.smoke:
         args.models, args.batch_size, args.repeats = ["small CNN"], 16, 1
-    args.output = args.output or Path(__file__).parent / "results" / f"speed-{args.device}.md"
+    name = f"speed{'-savings' * args.savings}-{args.device}.md"
+    args.output = args.output or Path(__file__).parent / "results" / name
     args.output.parent.mkdir(parents=True, exist_ok=True)
     logging.disable(logging.WARNING)
     raw = args.output.with_suffix(".json")
@@ -458,9 +535,10 @@ def main():
             if model in content["results"]:
                 continue
             print(model, file=sys.stderr)
-            content["results"][model] = Bench(model, args).run()
+            bench = Bench(model, args)
+            content["results"][model] = bench.run_savings() if args.savings else bench.run()
             raw.write_text(json.dumps(content, indent=1) + "\n")
-    text = tables(content["results"], content["setting"])
+    text = (savings_tables if args.savings else tables)(content["results"], content["setting"])
     args.output.write_text(text)
     print(text)
 
