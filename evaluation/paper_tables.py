@@ -927,12 +927,14 @@ def aggregate(bench):
         text += [table(config, name, found, seeds), differences(config, name, found)]
         if bench.tuner is not bench:
             earlier = collect(bench.tuner, content["arms"], bench.tuner.preset["seeds"])
-            together = {arm: {**earlier[arm], **found[arm]} for arm in content["arms"]}
+            together = {arm: {**earlier[arm], **found[arm]} for arm in content["arms"] if earlier[arm] and found[arm]}
+            of_both = {**config, "tables": {name: {**content, "arms": list(together)}}}
             text += [
                 f"### Together with the seeds of `{bench.tuner.name}`",
-                "Arms that were picked for what they reached on those seeds look better here than they are.",
-                table(config, name, together, [*bench.tuner.preset["seeds"], *seeds]),
-                differences(config, name, together),
+                "The arms that have runs of both. One that was picked for what it reached on those seeds looks better "
+                "here than it is.",
+                table(of_both, name, together, [*bench.tuner.preset["seeds"], *seeds]),
+                differences(of_both, name, together),
             ]
     if missing := [name for name in config["tables"] if name not in begun]:
         text += [f"Not run yet: table {', '.join(missing)}."]

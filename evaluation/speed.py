@@ -272,7 +272,7 @@ class Bench:
         positions, _ = self.layers_at()
         contenders = self.contenders(positions)
         jobs, made = {}, {}
-        for name in ("PGD-AT", "CLAT adversarial, first half", "CLAT clean, first half"):
+        for name in ("PGD-AT", "CLAT clean, first half"):
             for saving in (None, *SAVINGS):
 
                 def job(name=name, saving=saving):
