@@ -951,7 +951,7 @@ def aggregate(bench):
     ]
     images = bench.preset["validation_images"] * len(bench.preset["tuning_seeds"])
     text += [
-        "## What tuning chose",
+        "## What tuning chose" + (f" in the preset `{bench.tuner.name}`" if bench.tuner is not bench else ""),
         f"By the last epoch's PGD-20 accuracy on {images} validation images; the first of equals. `lr` is a factor on "
         "the schedule, `criticality_weight` is λ. At 20 % the standard error is "
         f"{100 * np.sqrt(0.2 * 0.8 / images):.1f} points: values that differ by less were as good as drawn.",

@@ -81,6 +81,15 @@ SAVINGS = {
 }
 
 
+@contextlib.contextmanager
+def without(saving):
+    """Take a saving away in this context; `None` takes nothing away."""
+    with contextlib.ExitStack() as stack:
+        for patch in SAVINGS.get(saving, ()):
+            stack.enter_context(patch)
+        yield
+
+
 class Whole(nn.Module):
     """A network that is no ``nn.Sequential``: of those, ART's TRADES takes the first module's output for the logits."""
 
@@ -276,9 +285,7 @@ class Bench:
             for saving in (None, *SAVINGS):
 
                 def job(name=name, saving=saving):
-                    with contextlib.ExitStack() as stack:
-                        for patch in SAVINGS.get(saving, ()):
-                            stack.enter_context(patch)
+                    with without(saving):
                         self.epoch(name, contenders[name])
 
                 jobs[f"{name} / {saving}"], made[f"{name} / {saving}"] = job, contenders[name]
@@ -395,13 +402,20 @@ def quiet():
         yield
 
 
+def circumstances(setting):
+    """Say where and how it was measured."""
+    return (
+        f"{setting['machine']}, {setting['device']}; {setting['date']}; batches of {setting['batch size']} images of "
+        f"3×32×32, PGD with {ATTACK['max_iter']} steps; medians of {setting['repeats']} repeats, contenders taking "
+        "turns in random order."
+    )
+
+
 def tables(results, setting):
     """Write what was measured as Markdown."""
     lines = ["# What an epoch costs", ""]
     lines += [
-        f"{setting['machine']}, {setting['device']}; {setting['date']}; batches of {setting['batch size']} images of "
-        f"3×32×32, PGD with {ATTACK['max_iter']} steps; medians of {setting['repeats']} repeats, contenders taking "
-        "turns in random order. `F` is the time of the plain forward pass (no gradients, evaluation mode, "
+        f"{circumstances(setting)} `F` is the time of the plain forward pass (no gradients, evaluation mode, "
         f"the faster of {setting['batch size']} and {CHUNK} images at once) over the same images. `FLOPs` are counted "
         "by `torch.utils.flop_counter` (too many for the weight gradients of depth-wise convolutions), in forward "
         "passes; the column after it is measured time over the time that they would take at the plain forward pass's "
@@ -468,9 +482,8 @@ def savings_tables(results, setting):
     """Write as Markdown what each way of saving time brings."""
     lines = ["# What each saving brings", ""]
     lines += [
-        f"{setting['machine']}, {setting['device']}; {setting['date']}; batches of {setting['batch size']} images of "
-        f"3×32×32, PGD with {ATTACK['max_iter']} steps; medians of {setting['repeats']} repeats, in random order. "
-        "Seconds of an epoch, and how many times as many it takes with one saving taken away, all others in place. "
+        f"{circumstances(setting)} Seconds of an epoch, and how many times as many it takes with one "
+        "saving taken away, all others in place. "
         "CLAT's chosen layer is the last in the first half of the network's FLOPs.",
         "",
     ]
