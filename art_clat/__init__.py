@@ -1,13 +1,16 @@
 """CLAT, Criticality-Leveraged Adversarial Training (arXiv 2408.10204), for the Adversarial Robustness Toolbox."""
 
-from art_clat.backbones import create_backbone
-from art_clat.criticality import Criticality, LayerCriticality, measure_criticality
-from art_clat.history import EpochRecord, History, SelectionRecord
-from art_clat.objectives import objectives, register_objective
-from art_clat.robustbench import write_robustbench_entry
-from art_clat.robustness import RobustnessReport, evaluate_robustness
-from art_clat.selection import Budget, Candidates, register_selection_rule, selection_rules
+from art_clat.leaderboard.entries import write_robustbench_entry
+from art_clat.models.backbones import create_backbone
+from art_clat.robustness.evaluate import evaluate_robustness
+from art_clat.robustness.report import RobustnessReport
+from art_clat.selection.budget import Budget
+from art_clat.selection.candidates import Candidates
+from art_clat.selection.criticality import Criticality, LayerCriticality, measure_criticality
+from art_clat.selection.rules import register_selection_rule, selection_rules
 from art_clat.trainer import AdversarialTrainerCLATPyTorch
+from art_clat.training.history import EpochRecord, History, SelectionRecord
+from art_clat.training.objectives import objectives, register_objective
 
 __all__ = [
     "AdversarialTrainerCLATPyTorch",

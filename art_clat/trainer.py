@@ -20,19 +20,23 @@ from art.estimators.classification import PyTorchClassifier
 from torch import nn
 from tqdm.auto import tqdm
 
-from art_clat import validation as check
-from art_clat.attacks import OutputAttack
-from art_clat.average import Average
-from art_clat.batches import ArrayBatches, Batch, Batches, GeneratorBatches, augmented
-from art_clat.checkpoint import Checkpoint, Keeper, Progress, describe, fingerprint, fingerprint_of_state, text_of
-from art_clat.criticality import check_layers_wanted
-from art_clat.distributed import Part, Ranks
-from art_clat.granularity import Granularity, find_groups
-from art_clat.guest import FiniteGuard, evaluation_mode, own_modes, own_randomness, reseed
-from art_clat.history import EpochRecord, History, SelectionRecord
-from art_clat.layers import Layer, only_trainable, train_all, train_only
-from art_clat.network import Network
-from art_clat.objectives import (
+from art_clat.attacks.tensor_attack import TensorAttack
+from art_clat.layers.freezing import only_trainable, train_all, train_only
+from art_clat.layers.groups import Granularity, find_groups
+from art_clat.layers.layer import Layer
+from art_clat.models.checks import check_attack, check_classifier, check_data, check_optimizer_holds
+from art_clat.models.tensor_classifier import TensorClassifier
+from art_clat.selection.budget import Budget
+from art_clat.selection.candidates import Candidates
+from art_clat.selection.criticality import check_layers_wanted
+from art_clat.selection.rules import SelectionRule, as_rule, check_names, choose, eligible_layers
+from art_clat.training.averaging import Average
+from art_clat.training.checkpoint import Checkpoint, Keeper, Progress, fingerprint_of_state
+from art_clat.training.data import ArrayBatches, Batches, GeneratorBatches, augmented
+from art_clat.training.description import describe
+from art_clat.training.finite import FiniteGuard
+from art_clat.training.history import EpochRecord, History, SelectionRecord
+from art_clat.training.objectives import (
     FIRST_STAGES,
     AsModule,
     BatchLoss,
@@ -42,7 +46,11 @@ from art_clat.objectives import (
     needs_ascent,
     objectives,
 )
-from art_clat.selection import Budget, Candidates, SelectionRule, as_rule, check_names, choose, eligible_layers
+from art_clat.utils.checks import check_at_least, check_seed, check_share, check_whole, is_number
+from art_clat.utils.descriptions import fingerprint, text_of
+from art_clat.utils.modes import evaluation_mode, own_modes
+from art_clat.utils.processes import Batch, Part, Ranks
+from art_clat.utils.randomness import own_randomness, reseed
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +142,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         :param warmup: The number of epochs, at the beginning of ``fit``, of plain adversarial training of the whole
                network. At 0 the network is expected to be adversarially trained already.
         :param first_stage: What the warm-up trains the whole network with: ``"pgd_at"``, ``"trades"`` or ``"mart"``,
-               see :mod:`art_clat.objectives`.
+               see :mod:`art_clat.training.objectives`.
         :param criticality_weight: λ of eq. 6, at least 0: the weight of the batch mean of the chosen layers' summed
                feature distance, or of a rival objective's second term; `None` for the objective's default. The paper
                does not report it.
@@ -186,16 +194,16 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
                 or an attack is targeted, bound to another classifier, or not usable with an objective that has an inner
                 attack of its own; `granularity` does not fit the network.
         """
-        check.check_classifier(classifier, needs_optimizer=True)
+        check_classifier(classifier, needs_optimizer=True)
         if isinstance(classifier.optimizer, torch.optim.LBFGS):
             raise ValueError("`classifier` has the optimizer LBFGS, which wants to evaluate the loss itself.")
         attack_list = attacks if isinstance(attacks, (list, tuple)) else [attacks]
         if not attack_list:
             raise ValueError("`attacks` is empty; at least one attack is needed.")
         for attack in attack_list:
-            check.check_attack(attack, classifier, argument="attacks")
-        check.check_share(ratio, argument="ratio")
-        check.check_whole(warmup, 0, argument="warmup")
+            check_attack(attack, classifier, argument="attacks")
+        check_share(ratio, argument="ratio")
+        check_whole(warmup, 0, argument="warmup")
         if preset not in PRESETS:
             raise ValueError(f"`preset` must be one of {', '.join(map(repr, PRESETS))}, got {preset!r}.")
         settings = PRESETS[preset]
@@ -206,14 +214,14 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
             raise ValueError(f"`first_stage` must be one of {', '.join(map(repr, FIRST_STAGES))}, got {first_stage!r}.")
         if criticality_weight is None:
             criticality_weight = default_weight(objective)
-        check.check_at_least(criticality_weight, 0, argument="criticality_weight")
+        check_at_least(criticality_weight, 0, argument="criticality_weight")
         rule = as_rule(selection)
         if not isinstance(budget, Budget):
-            check.check_share(budget, argument="budget")
-        if ema_decay is not None and not (check.is_number(ema_decay) and 0 < ema_decay < 1):
+            check_share(budget, argument="budget")
+        if ema_decay is not None and not (is_number(ema_decay) and 0 < ema_decay < 1):
             raise ValueError(f"`ema_decay` must be a number in (0, 1), or None, got {ema_decay!r}.")
-        check.check_whole(reselect_every, 1, argument="reselect_every")
-        check.check_whole(selection_samples, 1, argument="selection_samples")
+        check_whole(reselect_every, 1, argument="reselect_every")
+        check_whole(selection_samples, 1, argument="selection_samples")
         check_layers_wanted(granularity, predecessor, after_norm=after_norm)
         if freeze_norms is None:
             freeze_norms = settings.freeze_norms and granularity == "layer"
@@ -221,7 +229,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
             raise ValueError(f"`freeze_norms` asks for `granularity='layer'`, got {granularity!r}.")
         find_groups(classifier.model, granularity)
         if seed is not None:
-            check.check_seed(seed)
+            check_seed(seed)
         if augmentation is not None and not callable(augmentation):
             raise TypeError(f"`augmentation` must be a transform of an image, got {type(augmentation).__name__}.")
         super().__init__(classifier, list(attack_list), ratio)
@@ -246,8 +254,8 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         self.seed = seed
         #: The record of the latest ``fit``.
         self.history = History()
-        self._network = Network(classifier)
-        self._attacks = [OutputAttack(attack, self._network) for attack in attack_list]
+        self._network = TensorClassifier(classifier)
+        self._attacks = [TensorAttack(attack, self._network) for attack in attack_list]
         self._rule = rule
         self._check_inner_attacks()
 
@@ -297,12 +305,12 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         :raises ConnectionError: If another process of several is lost.
         """
         options = _options(kwargs)
-        check.check_whole(batch_size, 1, argument="batch_size")
-        check.check_whole(nb_epochs, 1, argument="nb_epochs")
-        check.check_whole(checkpoint_every, 1, argument="checkpoint_every")
+        check_whole(batch_size, 1, argument="batch_size")
+        check_whole(nb_epochs, 1, argument="nb_epochs")
+        check_whole(checkpoint_every, 1, argument="checkpoint_every")
         self._check_scheduler(scheduler)
         batch_size, nb_epochs, checkpoint_every = int(batch_size), int(nb_epochs), int(checkpoint_every)  # NumPy's too
-        inputs, labels = check.check_data(self._classifier, x, y, argument="x", label_argument="y")
+        inputs, labels = check_data(self._classifier, x, y, argument="x", label_argument="y")
         if options["drop_last"] and len(inputs) < batch_size:
             raise ValueError(
                 f"`drop_last` leaves no batch: `x` has {len(inputs)} inputs, `batch_size` is {batch_size}."
@@ -373,7 +381,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         :raises FloatingPointError: As in :meth:`fit`.
         """
         options = _options(kwargs, accepted=("verbose",))
-        check.check_whole(nb_epochs, 1, argument="nb_epochs")
+        check_whole(nb_epochs, 1, argument="nb_epochs")
         self._check_scheduler(scheduler)
         ranks = Ranks.join(self._network.device)
         if ranks.size > 1:
@@ -581,7 +589,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last and x.ndim == 4 else x
 
     def _perturb(
-        self, objective: Objective, attack: OutputAttack, x: torch.Tensor, y: torch.Tensor, part: Part
+        self, objective: Objective, attack: TensorAttack, x: torch.Tensor, y: torch.Tensor, part: Part
     ) -> torch.Tensor:
         """Perturb the share `ratio` of a batch, drawn at random."""
         if self.ratio == 1:
@@ -770,7 +778,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
             return None
         if not isinstance(validation_data, (tuple, list)) or len(validation_data) != 2:
             raise ValueError(f"`validation_data` must be a tuple (x_val, y_val), got {type(validation_data).__name__}.")
-        return check.check_data(
+        return check_data(
             self._classifier, *validation_data, argument="validation_data[0]", label_argument="validation_data[1]"
         )
 
@@ -780,7 +788,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
             named = [(name.rpartition(".")[0] or name, parameter) for name, parameter in parameters]
         else:
             named = [(layer.name, parameter) for layer in layers for parameter in layer.parameters()]
-        check.check_optimizer_holds(self._classifier.optimizer, named)
+        check_optimizer_holds(self._classifier.optimizer, named)
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,12 @@ import torch
 from art.estimators.classification import PyTorchClassifier
 
 from art_clat import evaluate_robustness
-from art_clat.autoattack import VERSIONS
-from art_clat.distributed import Ranks
-from art_clat.robustness import PATIENCE
-from art_clat.sanity import count_classes
-from art_clat.sources import DATASETS, imagenet_preprocessing, load_data, load_model
+from art_clat.models.by_name import imagenet_preprocessing, load_model
+from art_clat.models.datasets import DATASETS, load_data
+from art_clat.robustness.autoattack import VERSIONS
+from art_clat.robustness.checks import count_classes
+from art_clat.robustness.evaluate import PATIENCE
+from art_clat.utils.processes import Ranks
 
 PACKAGES = ("art_clat", "torch", "numpy", "adversarial-robustness-toolbox", "timm", "pyautoattack", "robustbench")
 
@@ -135,7 +136,7 @@ def run(args, command):
                 "labels are the folders' numbers in alphabetical order, so that every class needs its folder."
             )
     model, source = (m if isinstance(m, PyTorchClassifier) else m.to(device) for m in (models[0], models[-1]))
-    log = logging.getLogger("art_clat.robustness")
+    log = logging.getLogger("art_clat.robustness.evaluate")
     log.setLevel(logging.INFO)
     handler = logging.FileHandler(args.output / "autoattack.log", mode="w", encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(message)s"))

@@ -40,13 +40,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.transforms import v2
 
-from art_clat import (
-    AdversarialTrainerCLATPyTorch,
-    Budget,
-    create_backbone,
-    evaluate_robustness,
-    measure_criticality,
-)
+from art_clat import AdversarialTrainerCLATPyTorch, Budget, create_backbone, evaluate_robustness, measure_criticality
 
 try:
     import tomllib
@@ -783,7 +777,7 @@ def chosen_values(bench, arms):
 
 def plot_best_against_last(config, arms, found, path):
     """Draw AutoAttack accuracy of the best and the last epoch of every arm, one dot a seed."""
-    from art_clat.plots import new_axes, save
+    from art_clat.utils.plots import new_axes, save
 
     arms = [arm for arm in arms if done(found[arm])]
     ax = new_axes(width=7.5, height=0.42 * len(arms) + 1.4)
@@ -829,7 +823,7 @@ def trained_share(config, found, seeds):
 
 def plot_trained_share(groups, path):
     """Draw test accuracy against the share of the parameters that is trained; colours are objectives."""
-    from art_clat.plots import new_axes, save
+    from art_clat.utils.plots import new_axes, save
 
     ax = new_axes(width=7.5, height=4.2)
     colours = {objective: f"C{at}" for at, objective in enumerate(dict.fromkeys(objective for objective, _ in groups))}

@@ -34,9 +34,9 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from art_clat import History, RobustnessReport
-from art_clat.checkpoint import read
-from art_clat.plots import new_axes
-from art_clat.robustbench import as_robustbench_writes, leaderboard_shortfalls
+from art_clat.leaderboard.entries import as_robustbench_writes, leaderboard_shortfalls
+from art_clat.utils.files import read
+from art_clat.utils.plots import new_axes
 
 TEMPLATE = Path(__file__).with_suffix(".html.j2")
 

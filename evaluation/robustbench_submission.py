@@ -33,17 +33,24 @@ import torch
 from torch import nn
 
 from art_clat import RobustnessReport, create_backbone, write_robustbench_entry
-from art_clat._robustbench import robustbench_utils
-from art_clat.robustbench import (
+from art_clat.leaderboard.benchmark import run_benchmark
+from art_clat.leaderboard.definitions import (
+    load_from_robustbench,
+    model_definition,
+    timm_name,
+    write_checkpoint,
+    zoo_entry,
+)
+from art_clat.leaderboard.entries import (
     as_robustbench_writes,
     leaderboard_row,
     leaderboard_shortfalls,
     preprocessing_shortfalls,
-    run_benchmark,
 )
-from art_clat.robustness import ORDERS
-from art_clat.sources import IMAGENET_PREPROCESSING, TestData, load_data, load_function, load_model
-from art_clat.zoo import load_from_robustbench, model_definition, timm_name, write_checkpoint, zoo_entry
+from art_clat.models.by_name import load_function, load_model
+from art_clat.models.datasets import IMAGENET_PREPROCESSING, TestData, load_data
+from art_clat.robustness.checks import ORDERS
+from art_clat.utils.robustbench_import import robustbench_utils
 
 TODO = "TODO"
 

@@ -45,13 +45,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from art_clat import AdversarialTrainerCLATPyTorch, create_backbone
-from art_clat.attacks import CHUNK, OutputAttack
-from art_clat.backbones import Normalize
-from art_clat.criticality import measure
-from art_clat.distributed import Part
-from art_clat.features import tap
-from art_clat.guest import evaluation_mode
-from art_clat.network import Network
+from art_clat.attacks.ascent import CHUNK
+from art_clat.attacks.tensor_attack import TensorAttack
+from art_clat.layers.features import tap
+from art_clat.models.backbones import Normalize
+from art_clat.models.tensor_classifier import TensorClassifier
+from art_clat.selection.criticality import measure
+from art_clat.utils.modes import evaluation_mode
+from art_clat.utils.processes import Part
 
 ATTACK = {"eps": 8 / 255, "eps_step": 2 / 255, "max_iter": 10, "num_random_init": 1}
 
@@ -65,15 +66,15 @@ def backward(loss, x):
 #: What takes each saving away, by its name.
 SAVINGS = {
     "the attack computes no weight gradients": (
-        mock.patch("art_clat.network.only_trainable", lambda *_: contextlib.nullcontext()),
+        mock.patch("art_clat.models.tensor_classifier.only_trainable", lambda *_: contextlib.nullcontext()),
         mock.patch("torch.autograd.grad", backward),
     ),
-    "the attack runs in chunks": (mock.patch("art_clat.attacks.CHUNK_ELEMENTS", 10**12),),
+    "the attack runs in chunks": (mock.patch("art_clat.attacks.ascent.CHUNK_ELEMENTS", 10**12),),
     "a frozen BatchNorm's gradient is one multiplication": (
-        mock.patch("art_clat.network.BatchNorms", lambda *_: contextlib.nullcontext()),
+        mock.patch("art_clat.models.tensor_classifier.BatchNorms", lambda *_: contextlib.nullcontext()),
     ),
     "passes for features end at the deepest": (
-        mock.patch("art_clat.features.tap", lambda sites, show, *, stop=False: tap(sites, show)),
+        mock.patch("art_clat.layers.features.tap", lambda sites, show, *, stop=False: tap(sites, show)),
     ),
     "the update computes no gradients of frozen layers": (
         mock.patch("art_clat.trainer.only_trainable", lambda *_: contextlib.nullcontext()),
@@ -171,7 +172,7 @@ class Bench:
     def layers_at(self):
         """Give the layer at the end of the first third, the first half, and the head, with the share of F up to it."""
         classifier = self.classifier()
-        network = Network(classifier)
+        network = TensorClassifier(classifier)
         x = torch.rand(4, 3, 32, 32, device=network.device)
         layers = network.find_layers(x)
         shares = {}
@@ -314,7 +315,7 @@ class Bench:
             else:
                 with quiet():
                     counted[name] = flops(lambda name=name, trainer=trainer: self.epoch(name, trainer))
-        network = Network(self.classifier())
+        network = TensorClassifier(self.classifier())
         x = torch.tensor(self.x[: self.args.batch_size], device=network.device)
         with evaluation_mode(network.model), torch.no_grad():
             counted["forward"] = flops(lambda: network.model(x)) * self.batches
@@ -331,8 +332,8 @@ class Bench:
     def forward_and_criticality(self, positions):
         """Give the plain forward pass, whole and cut short, criticality of all layers, and the attack it contains."""
         classifier = self.classifier()
-        network = Network(classifier)
-        attack = OutputAttack(pgd(classifier), network)
+        network = TensorClassifier(classifier)
+        attack = TensorAttack(pgd(classifier), network)
         x, y = torch.tensor(self.x, device=network.device), torch.tensor(self.y, device=network.device)
         layers = network.find_layers(x)
         batches = [(a, b, Part(len(a))) for a, b in zip(*(t.split(self.args.batch_size) for t in (x, y)), strict=True)]

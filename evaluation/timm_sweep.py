@@ -36,11 +36,11 @@ from torch.optim.swa_utils import update_bn
 from torch.overrides import TorchFunctionMode
 
 from art_clat import AdversarialTrainerCLATPyTorch, create_backbone, measure_criticality
-from art_clat.features import Features
-from art_clat.guest import evaluation_mode
-from art_clat.layers import only_trainable
-from art_clat.network import Network
-from art_clat.selection import eligible_layers
+from art_clat.layers.features import Features
+from art_clat.layers.freezing import only_trainable
+from art_clat.models.tensor_classifier import TensorClassifier
+from art_clat.selection.rules import eligible_layers
+from art_clat.utils.modes import evaluation_mode
 
 NB_CLASSES, NB_IMAGES, EPS = 10, 4, 8 / 255
 SIDES = (32, 64, 96, 128, 160, 192, 224, 256)
@@ -188,7 +188,7 @@ def try_model(model, side, seed):
     if not all(map(math.isfinite, weakness)) or max(weakness) == 0:
         raise AssertionError(f"weakness is not finite, or zero everywhere: {weakness}")
 
-    network = Network(classifier)
+    network = TensorClassifier(classifier)
     inputs = torch.tensor(x)
     noise = torch.tensor(rng.choice([-EPS, EPS], x.shape).astype(np.float32))
     layers = network.find_layers(inputs)

@@ -26,7 +26,7 @@ from torchvision.datasets import CIFAR10
 from torchvision.transforms import v2
 
 from art_clat import AdversarialTrainerCLATPyTorch, create_backbone, evaluate_robustness, write_robustbench_entry
-from art_clat.plots import save
+from art_clat.utils.plots import save
 
 EPS = 8 / 255
 

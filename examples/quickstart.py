@@ -29,7 +29,7 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 
 from art_clat import AdversarialTrainerCLATPyTorch, create_backbone, evaluate_robustness, write_robustbench_entry
-from art_clat.plots import save
+from art_clat.utils.plots import save
 
 EPS = 0.1  # ℓ∞, for pixels in [0, 1]
 

@@ -13,8 +13,9 @@ from conftest import NB_CLASSES, Chain, Normed, OwnBatchNorm, make_attack, make_
 from torch import nn
 from torchvision.transforms import v2
 
-from art_clat import AdversarialTrainerCLATPyTorch, checkpoint
-from art_clat.distributed import Ranks, _leave
+from art_clat import AdversarialTrainerCLATPyTorch
+from art_clat.training import checkpoint
+from art_clat.utils.processes import Ranks, _leave
 
 #: By name: what the trainer and what `fit` is given. 50 samples in batches of 16 leave a last batch of 2.
 CONFIGURATIONS = {

@@ -10,7 +10,7 @@ from conftest import INPUT_SHAPE, Chain, make_data
 from torch import nn
 
 from art_clat import evaluate_robustness
-from art_clat.autoattack import Ensemble
+from art_clat.robustness.autoattack import Ensemble
 
 SETTINGS = {"norm": "Linf", "eps": 0.1, "batch_size": 5, "pgd_max_iter": 5, "pgd_restarts": 2, "seed": 3}
 

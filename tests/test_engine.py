@@ -19,12 +19,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
 from art_clat import AdversarialTrainerCLATPyTorch, create_backbone
-from art_clat.attacks import CHUNK, Ascent, LinfBall, OutputAttack, in_chunks
-from art_clat.batches import ArrayBatches, augmented
-from art_clat.distributed import Part, Ranks
-from art_clat.guest import FiniteGuard, reseed
-from art_clat.network import Network
-from art_clat.objectives import AdversarialCLAT, CleanCLAT
+from art_clat.attacks.ascent import CHUNK, Ascent, in_chunks
+from art_clat.attacks.balls import LinfBall
+from art_clat.attacks.tensor_attack import TensorAttack
+from art_clat.models.tensor_classifier import TensorClassifier
+from art_clat.training.data import ArrayBatches, augmented
+from art_clat.training.finite import FiniteGuard
+from art_clat.training.objectives import AdversarialCLAT, CleanCLAT
+from art_clat.utils.processes import Part, Ranks
+from art_clat.utils.randomness import reseed
 
 ROOT = Path(__file__).parents[1]
 QUIET = {"verbose": False}
@@ -57,13 +60,13 @@ class TestSameResults:
         attack = ProjectedGradientDescent(
             classifier, eps=8 / 255, eps_step=2 / 255, max_iter=10, num_random_init=0, batch_size=CHUNK, verbose=False
         )
-        ours = OutputAttack(attack, Network(classifier))(torch.tensor(x), torch.tensor(y)).numpy()
+        ours = TensorAttack(attack, TensorClassifier(classifier))(torch.tensor(x), torch.tensor(y)).numpy()
         np.testing.assert_array_equal(ours, attack.generate(x, y))
 
     @pytest.mark.parametrize("which", range(0, 12, 3))
     def test_early_stop_gives_the_features_and_gradients_of_the_full_pass_bit_for_bit(self, resnet, which):
         classifier, x, _ = resnet
-        network = Network(classifier)
+        network = TensorClassifier(classifier)
         classifier.model.eval()
         layers = network.find_layers(torch.tensor(x))
         objective = CleanCLAT(network, [layers[which]], 0.1)
@@ -93,12 +96,12 @@ class TestSameResults:
         """Not with a random start either, nor when restarts are kept sample by sample."""
         classifier = make_classifier(chain)
         attack = make_attack(classifier, num_random_init=3, eps=0.3)
-        ours = OutputAttack(attack, Network(classifier))
+        ours = TensorAttack(attack, TensorClassifier(classifier))
         x, y = (torch.tensor(a).repeat(2, *[1] * (a.ndim - 1)) for a in data)  # three chunks of 96
         results = []
         for elements in (0, 10**9):
             torch.manual_seed(5)
-            monkeypatch.setattr("art_clat.attacks.CHUNK_ELEMENTS", elements)
+            monkeypatch.setattr("art_clat.attacks.ascent.CHUNK_ELEMENTS", elements)
             results.append(ours(x, y))
         torch.testing.assert_close(*results, atol=1e-6, rtol=0)
 
@@ -118,14 +121,14 @@ class TestWhatIsSaved:
     def test_no_weight_gradient_in_an_attack(self, normed, data, stage):
         """A backward pass of the attack costs the FLOPs of its forward pass, not twice as much."""
         classifier = make_classifier(normed)
-        network = Network(classifier)
+        network = TensorClassifier(classifier)
         x, y = map(torch.tensor, data)
         normed.eval()
         with FlopCounterMode(display=False) as forward, torch.no_grad():
             normed(x)
         with FlopCounterMode(display=False) as counter:
             if stage == "adversarial training":
-                OutputAttack(make_attack(classifier, max_iter=4), network)(x, y)
+                TensorAttack(make_attack(classifier, max_iter=4), network)(x, y)
                 passes = 4 * 2
             else:
                 cls = AdversarialCLAT if stage == "adversarial" else CleanCLAT
@@ -134,7 +137,7 @@ class TestWhatIsSaved:
                     network.find_layers(x)
                 counter.flop_counts["Global"].clear()
                 cls(network, [layers[-1]], 0.1).perturb(
-                    OutputAttack(make_attack(classifier, max_iter=4), network), x, y
+                    TensorAttack(make_attack(classifier, max_iter=4), network), x, y
                 )
                 passes = 4 * 2 + (stage == "clean")
                 assert probes.get_total_flops() > 0
@@ -142,12 +145,12 @@ class TestWhatIsSaved:
 
     def test_the_inner_attack_ends_at_the_deepest_chosen_layer(self, chain, data):
         classifier = make_classifier(chain)
-        network = Network(classifier)
+        network = TensorClassifier(classifier)
         x, y = map(torch.tensor, data)
         layers = network.find_layers(x)
         ran = []
         handles = [m.register_forward_hook(lambda *_, n=n: ran.append(n)) for n, m in chain.named_children()]
-        CleanCLAT(network, layers[:2], 0.1).perturb(OutputAttack(make_attack(classifier), network), x, y)
+        CleanCLAT(network, layers[:2], 0.1).perturb(TensorAttack(make_attack(classifier), network), x, y)
         for handle in handles:
             handle.remove()
         assert set(ran) == {"first", "second"}
@@ -156,7 +159,7 @@ class TestWhatIsSaved:
     @pytest.mark.parametrize("objective", ["adversarial", "clean"])
     def test_no_graph_below_the_shallowest_chosen_layer(self, chain, data, objective):
         classifier = make_classifier(chain)
-        network = Network(classifier)
+        network = TensorClassifier(classifier)
         x, y = map(torch.tensor, data)
         layers = network.find_layers(x)
         for parameter in chain.parameters():
@@ -173,7 +176,7 @@ class TestWhatIsSaved:
         assert seen["hidden"] == [True, True] and seen["head"] == [True]
 
     def test_kept_features_are_forgotten_before_the_backward_pass(self, chain, data):
-        network = Network(make_classifier(chain))
+        network = TensorClassifier(make_classifier(chain))
         x, y = map(torch.tensor, data)
         for cls in (AdversarialCLAT, CleanCLAT):
             objective = cls(network, network.find_layers(x)[:1], 0.1)
@@ -185,7 +188,7 @@ class TestWhatIsSaved:
         calls, reduce_labels = [], classifier.reduce_labels
         classifier.reduce_labels = lambda y: calls.append(1) or reduce_labels(y)
         x, y = map(torch.tensor, data)
-        OutputAttack(make_attack(classifier, max_iter=7), Network(classifier))(x[:CHUNK], y[:CHUNK])
+        TensorAttack(make_attack(classifier, max_iter=7), TensorClassifier(classifier))(x[:CHUNK], y[:CHUNK])
         assert len(calls) == 1
 
 
@@ -265,7 +268,7 @@ class TestOptions:
 
     def test_channels_last_is_how_the_momentum_is_stored_too(self, normed, data):
         classifier = make_classifier(normed)
-        network, state = Network(classifier), classifier.optimizer.state
+        network, state = TensorClassifier(classifier), classifier.optimizer.state
         network.loss(*map(torch.tensor, data))[0].backward()
         classifier.optimizer.step()
         before = state[normed.conv2.weight]["momentum_buffer"].clone()
@@ -276,7 +279,7 @@ class TestOptions:
         assert momentum.is_contiguous() and torch.equal(momentum, before)
 
     def test_options_end_with_their_context(self, normed, data):
-        network = Network(make_classifier(normed))
+        network = TensorClassifier(make_classifier(normed))
         with network.accelerated(amp=True, compile=True, channels_last=False):
             assert network._amp and network._compiled is not None
         assert not network._amp and network._compiled is None

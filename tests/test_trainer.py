@@ -22,7 +22,7 @@ from conftest import INPUT_SHAPE, Chain, Normed, make_attack, make_classifier
 from torch import nn
 
 from art_clat import AdversarialTrainerCLATPyTorch, Budget, measure_criticality
-from art_clat.objectives import _OBJECTIVES, FIRST_STAGES, AdversarialCLAT, CleanCLAT
+from art_clat.training.objectives import _OBJECTIVES, FIRST_STAGES, AdversarialCLAT, CleanCLAT
 
 QUIET = {"verbose": False}
 

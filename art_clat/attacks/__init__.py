@@ -1,0 +1,1 @@
+"""Balls, projected gradient ascent, an ART attack in tensors."""

@@ -1,0 +1,1 @@
+"""Which layers a network has, in what order; their features; freezing."""

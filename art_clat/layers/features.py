@@ -1,0 +1,257 @@
+"""Taps on layers: see their features in a forward pass, and stop it after the last one needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from art_clat.layers.discovery import PROBE_SIZES
+from art_clat.layers.layer import Layer, Site
+from art_clat.layers.weight_uses import PRODUCTS, WeightUses, tensors_in
+
+
+class _LastFeatureSeen(Exception):
+    """Ends a forward pass from within."""
+
+
+@contextmanager
+def tap(sites: Sequence[Site], show: Callable[[Site, torch.Tensor], None], *, stop: bool = False) -> Iterator[None]:
+    """
+    Show the tensors at some sites to a function in the forward pass that runs in this context.
+
+    The function sees a tensor at the moment it is there: an in-place activation that overwrites it later does no harm
+    to what was computed from it, but a function that keeps it must copy it.
+
+    :param sites: Where to look: at the outputs or inputs of layers.
+    :param show: Called with the site and the tensor, see :meth:`art_clat.layers.Site.by_sample`; once for every call.
+    :param stop: End the forward pass, and with it the context, once everything has been seen.
+    """
+    seen = dict.fromkeys(sites, 0)
+    left = sum(site.calls for site in sites)
+
+    def see(site: Site, value: object) -> None:
+        nonlocal left
+        found = list(tensors_in(value))
+        if len(found) <= site.index or seen[site] == site.calls:
+            what = "more calls" if seen[site] == site.calls else "fewer tensors"
+            raise RuntimeError(f"{type(site.module).__name__} had {what} in this pass than in the one before.")
+        show(site, site.by_sample(found[site.index], seen[site]))
+        seen[site] += 1
+        left -= 1
+        if stop and left == 0:
+            raise _LastFeatureSeen
+
+    def hook_of(site: Site) -> Callable[[nn.Module, object, object, object], None]:
+        return lambda module, args, kwargs, output: see(site, output)
+
+    def pre_hook_of(site: Site) -> Callable[[nn.Module, object, object], None]:
+        return lambda module, args, kwargs: see(site, (args, kwargs))
+
+    def used(name: str, parameters: list[nn.Parameter], data: torch.Tensor | None, output: object) -> None:
+        if name in PRODUCTS and data is not None:
+            for site in sites:
+                if site.weight is not None and any(site.weight is parameter for parameter in parameters):
+                    see(site, data if site.enters else output)
+
+    weights = [site.weight for site in sites if site.weight is not None]
+    with ExitStack() as stack:
+        for site in sites:
+            if site.weight is not None:
+                continue
+            if site.enters:
+                handle = site.module.register_forward_pre_hook(pre_hook_of(site), with_kwargs=True)
+            else:
+                handle = site.module.register_forward_hook(hook_of(site), with_kwargs=True)
+            stack.callback(handle.remove)
+        if weights:
+            stack.enter_context(WeightUses(weights, used))
+        with suppress(_LastFeatureSeen):
+            yield
+
+
+def tell_samples_apart(
+    layers: Sequence[Layer], forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+) -> list[Layer]:
+    """
+    Find out which entries are a sample's where it has several along a layer's batch dimension.
+
+    One sample of several equal ones is exchanged: what changes is its.
+
+    :param layers: The layers.
+    :param forward: The network; it treats samples one by one.
+    :param x: One input, shape (1, *input_shape).
+    :return: The layers; those whose entries are interleaved now say so.
+    """
+    sites = {site for layer in layers for site in (layer.output, layer.input) if site and max(site.rows) > 1}
+    if not sites:
+        return list(layers)
+    nb_samples = PROBE_SIZES[0]
+    equal = x.expand(nb_samples, *x.shape[1:])
+    other = torch.linspace(0, 1, x.numel(), device=x.device, dtype=x.dtype).view_as(x)
+    seen: list[dict[Site, list[torch.Tensor]]] = []
+    for batch in (equal, torch.cat([other, equal[1:]])):
+        seen.append({site: [] for site in sites})
+        with torch.no_grad(), tap(list(sites), lambda site, feature: seen[-1][site].append(feature.clone())):
+            forward(batch)
+
+    def is_interleaved(site: Site) -> bool:
+        together = apart = 0.0  # how much the entries change that are the first sample's in one order and in the other
+        for before, after, rows in zip(seen[0][site], seen[1][site], site.rows, strict=True):
+            if rows > 1:
+                changes = (after.double() - before.double()).abs().flatten(2).sum(dim=2).flatten()
+                together += float(changes[:rows].sum())
+                apart += float(changes[::nb_samples].sum())
+        return apart > together
+
+    exchanged = {site: replace(site, interleaved=True) for site in sites if is_interleaved(site)}
+    return [
+        replace(
+            layer,
+            output=exchanged.get(layer.output, layer.output),
+            input=layer.input and exchanged.get(layer.input, layer.input),
+        )
+        for layer in layers
+    ]
+
+
+class Features:
+    """
+    The features of a batch at some layers, and how far another forward pass is from them.
+
+    :param layers: The layers.
+    :param inputs: Look also at what enters each layer.
+    :param lengths: Measure also how long the features themselves are, see :meth:`relative_distance`.
+    """
+
+    def __init__(self, layers: Sequence[Layer], *, inputs: bool = False, lengths: bool = False) -> None:
+        self.layers = list(layers)
+        self._sites = [layer.output for layer in layers]
+        if inputs:
+            self._sites += [layer.input for layer in layers if layer.input is not None]
+        self._wants_lengths = lengths
+        self._kept: dict[Site, list[torch.Tensor]] = {}
+        self._distances: dict[Site, list[torch.Tensor]] = {}
+        self._clean_lengths: dict[Site, list[torch.Tensor]] = {}
+
+    @contextmanager
+    def keep(self, *, stop: bool = False) -> Iterator[None]:
+        """
+        Keep the features of the forward pass in this context: ``F_i(x)``.
+
+        :param stop: End the forward pass after the last layer.
+        """
+        self._kept = {site: [] for site in self._sites}
+
+        def keep(site: Site, feature: torch.Tensor) -> None:
+            self._kept[site].append(feature.clone())
+
+        with tap(self._sites, keep, stop=stop):
+            yield
+
+    @contextmanager
+    def compare(self, *, stop: bool = False, forget: bool = False) -> Iterator[None]:
+        """
+        Measure the forward pass in this context against the kept features; `distance` has the result.
+
+        :param stop: End the forward pass after the last layer.
+        :param forget: Let go of every kept feature as soon as it has been compared, for the pass to use its memory.
+        """
+        self._begin()
+
+        def compare(site: Site, feature: torch.Tensor) -> None:
+            kept, call = self._kept[site], len(self._distances[site])
+            clean = kept.pop(0) if forget else kept[call]
+            self._compare(site, clean.float(), feature.float())
+
+        with tap(self._sites, compare, stop=stop):
+            yield
+
+    @contextmanager
+    def compare_halves(self, *, stop: bool = False) -> Iterator[None]:
+        """
+        Measure the second half of a batch against the first in one forward pass, with nothing kept.
+
+        :param stop: End the forward pass after the last layer.
+        """
+        self._begin()
+
+        def compare(site: Site, feature: torch.Tensor) -> None:
+            self._compare(site, *feature.float().chunk(2))
+
+        with tap(self._sites, compare, stop=stop):
+            yield
+
+    def distance(self, layer: Layer) -> torch.Tensor:
+        """
+        Give ``‖F_i(x+δ) − F_i(x)‖_2`` of every sample.
+
+        :param layer: One of the layers.
+        :return: Shape (batch,), float32.
+        """
+        return _joined(self._distances[layer.output])
+
+    def relative_distance(self, layer: Layer) -> torch.Tensor:
+        """
+        Give ``‖F_i(x+δ) − F_i(x)‖_2 / ‖F_i(x)‖_2`` of every sample; 0 where the feature itself is 0.
+
+        :param layer: One of the layers; the features must have been made with `lengths`, as for all that is relative.
+        :return: Shape (batch,), float32.
+        """
+        return self._relative(layer.output)
+
+    def input_distance(self, layer: Layer, *, relative: bool = False) -> torch.Tensor:
+        """
+        Give the distance of what enters a layer, sample by sample, as :meth:`distance` does of what leaves it.
+
+        :param layer: One of the layers; the features must have been made with `inputs`.
+        :param relative: As :meth:`relative_distance` does.
+        :return: Shape (batch,), float32; zeros for a layer that takes no tensor with a batch.
+        """
+        if layer.input is None:
+            return torch.zeros_like(self.distance(layer))
+        return self._relative(layer.input) if relative else _joined(self._distances[layer.input])
+
+    def total_distance(self) -> torch.Tensor:
+        """
+        Give the summed distance of all layers, ``Σ_i ‖F_i(x+δ) − F_i(x)‖_2`` (the term inside eq. 5).
+
+        :return: Shape (batch,), float32.
+        """
+        return torch.stack([self.distance(layer) for layer in self.layers]).sum(dim=0)
+
+    def total_relative_distance(self) -> torch.Tensor:
+        """
+        Give the summed relative distance of all layers.
+
+        :return: Shape (batch,), float32.
+        """
+        return torch.stack([self.relative_distance(layer) for layer in self.layers]).sum(dim=0)
+
+    def _begin(self) -> None:
+        self._distances = {site: [] for site in self._sites}
+        self._clean_lengths = {site: [] for site in self._sites}
+
+    def _compare(self, site: Site, clean: torch.Tensor, perturbed: torch.Tensor) -> None:
+        self._distances[site].append(_lengths(perturbed - clean))
+        if self._wants_lengths:
+            self._clean_lengths[site].append(_lengths(clean))
+
+    def _relative(self, site: Site) -> torch.Tensor:
+        length = _joined(self._clean_lengths[site])
+        zero = length == 0
+        return (_joined(self._distances[site]) / length.masked_fill(zero, 1)).masked_fill(zero, 0)
+
+
+def _joined(lengths: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Give one length a sample where a layer ran several times."""
+    return lengths[0] if len(lengths) == 1 else torch.linalg.vector_norm(torch.stack(list(lengths)), dim=0)
+
+
+def _lengths(x: torch.Tensor) -> torch.Tensor:
+    """Give the Euclidean length of every sample, in whatever order its elements are stored."""
+    lengths: torch.Tensor = torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)))
+    return lengths

@@ -1,0 +1,1 @@
+"""RobustBench: entries, its own benchmark, model definitions."""

@@ -1,0 +1,225 @@
+"""timm backbones ready for small images and for RobustBench."""
+
+from __future__ import annotations
+
+import difflib
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import timm
+import torch
+from timm.layers import PatchEmbed
+from torch import nn
+
+from art_clat.models import cifar  # noqa: F401  # registers its networks with timm
+from art_clat.utils.modes import evaluation_mode
+
+#: Images with a shorter side up to this are small: a network made for 224 pixels would shrink them to nothing.
+SMALL_SIDE = 64
+
+#: By how much less a network for large images shrinks small ones: what a ResNet's stem does.
+REDUCTION = 4
+
+
+class Normalize(nn.Module):
+    """
+    Standardise images channel by channel.
+
+    :param mean: One value a channel, in units of the input.
+    :param std: One value a channel, in units of the input.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        Give ``(x − mean) / std``.
+
+        :param x: Shape (batch, channels, height, width).
+        :return: Same shape.
+        :raises ValueError: If the images have another number of channels.
+        """
+        if x.shape[-3] != len(self.mean):
+            raise ValueError(f"The images have {x.shape[-3]} channels, the network is for {len(self.mean)}.")
+        return (x - self.mean) / self.std
+
+    def extra_repr(self) -> str:
+        """Show the values in ``print(model)``."""
+        return f"mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()}"
+
+
+def create_backbone(
+    name: str,
+    *,
+    num_classes: int,
+    input_size: tuple[int, int, int] = (3, 32, 32),
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    **kwargs: Any,
+) -> nn.Sequential:
+    """
+    Make a timm network that takes images in [0, 1] of a given size, with the normalisation inside.
+
+    A network made for large images begins by shrinking them. For images of up to 64 pixels that is undone by a factor
+    of up to 4: the convolution that reads the image becomes a 3×3 convolution of stride 1, a first pooling goes, other
+    convolutions that halve what is still large get stride 1. Of networks that cut images into patches and are made for
+    one size, patches become smaller by as much, and an eighth of the shorter side where nothing shrinks them further.
+    A network that timm makes for small images stays as it is. The result is named as RobustBench names such models:
+    ``normalize``, then ``model``, the timm network itself.
+
+    :param name: A timm model name, those of :mod:`art_clat.models.cifar` included.
+    :param num_classes: Number of classes.
+    :param input_size: Channels, height, width.
+    :param mean: Mean of each channel, in [0, 1]; `None` for the one timm has for this network.
+    :param std: Standard deviation of each channel; `None` for the one timm has for this network.
+    :param kwargs: Passed on to ``timm.create_model``, e.g. ``channels=(16, 32, 64, 128)`` for a narrow ResNet. With
+           ``img_size`` or ``patch_size`` the network stays as timm makes it with them.
+    :return: The network, in training mode.
+    :raises ValueError: If timm does not know the name, sizes are not usable, or the network cannot be adapted to them.
+    """
+    if not isinstance(input_size, (tuple, list)) or len(input_size) != 3 or min(input_size) < 1:
+        raise ValueError(f"`input_size` must be (channels, height, width), each at least 1, got {input_size}.")
+    channels, height, width = input_size
+    if not timm.is_model(name):
+        similar = difflib.get_close_matches(name.lower().replace("-", ""), timm.list_models(), n=3)
+        hint = f"; similar names: {', '.join(similar)}" if similar else ""
+        raise ValueError(f"`name` must be a model that timm knows (timm.list_models()), got {name!r}{hint}.")
+    kwargs = {"num_classes": num_classes, "in_chans": channels, **kwargs}
+    config = timm.get_pretrained_cfg(name)
+    made_for = (3, 224, 224) if config is None else config.input_size
+    fixed = config is not None and config.fixed_input_size
+    told = {"img_size", "patch_size"} & set(kwargs)
+    if told or min(height, width) > SMALL_SIDE or min(made_for[1:]) <= SMALL_SIDE:
+        model = _create(name, {"img_size": (height, width), **kwargs} if fixed else kwargs)
+    elif fixed:
+        model = _made_for_small_images(name, (height, width), kwargs)
+    else:
+        model = _create(name, kwargs)
+        _keep_resolution(model, name, (channels, *made_for[1:]), num_classes)
+    _check_runs(model, name, (channels, height, width), num_classes)
+    return nn.Sequential(
+        OrderedDict(
+            normalize=Normalize(
+                _per_channel(mean, model.default_cfg["mean"], channels, "mean"),
+                _per_channel(std, model.default_cfg["std"], channels, "std"),
+            ),
+            model=model,
+        )
+    )
+
+
+def _create(name: str, kwargs: dict[str, Any]) -> Any:
+    size = kwargs.get("img_size")
+    if isinstance(size, tuple) and size[0] == size[1]:
+        kwargs = {**kwargs, "img_size": size[0]}  # some take no other
+    try:
+        return timm.create_model(name, **kwargs)
+    except (TypeError, RuntimeError, ValueError, AssertionError) as error:
+        raise ValueError(f"`name`: timm cannot make {name} with {kwargs}: {error}") from error
+
+
+def _check_runs(model: nn.Module, name: str, input_size: tuple[int, ...], num_classes: int) -> None:
+    """Refuse a network that does not take the images, or does not give one row of logits for each."""
+    try:
+        with evaluation_mode(model), torch.no_grad():
+            shape = tuple(model(torch.zeros(2, *input_size)).shape)
+    except Exception as error:  # whatever the network raises
+        raise ValueError(f"`name`: {name} does not take images of {input_size}: {error}") from error
+    if shape != (2, num_classes):
+        raise ValueError(f"`name`: {name} gives {shape} for 2 images of {input_size}, not {(2, num_classes)}.")
+
+
+def _made_for_small_images(name: str, size: tuple[int, int], kwargs: dict[str, Any]) -> Any:
+    """Make a network for one input size as if images were larger, and undo it in its patches or in its stem."""
+    model = _create(name, {key: value for key, value in kwargs.items() if key != "pretrained"})
+    embeddings = [path for path, module in model.named_modules() if isinstance(module, PatchEmbed)]
+    if len(embeddings) != 1:
+        large = (size[0] * REDUCTION, size[1] * REDUCTION)
+        model = _create(name, {**kwargs, "img_size": large})
+        _keep_resolution(model, name, (kwargs["in_chans"], *large), kwargs["num_classes"])
+        return model
+    patch = model.get_submodule(embeddings[0]).patch_size[0]
+    reductions = [stage["reduction"] for stage in getattr(model, "feature_info", [])]
+    shrinks_further = max(reductions, default=patch) > patch
+    small = max(1, patch // REDUCTION if shrinks_further else min(size) // 8)
+    if any(side % small for side in size):
+        raise ValueError(f"`input_size`: {size} cannot be cut into patches of {small}×{small}, for {name}.")
+    model = _create(name, {**kwargs, "img_size": tuple(side // small * patch for side in size)})
+    model.get_submodule(embeddings[0]).set_input_size(img_size=size, patch_size=small)
+    return model
+
+
+def _keep_resolution(model: nn.Module, name: str, input_size: tuple[int, ...], num_classes: int) -> None:
+    """Undo the first halvings of a network's resolution, by a factor of up to `REDUCTION`."""
+    shrinking: list[tuple[str, nn.Module, int, int, tuple[int, ...]]] = []
+    side = min(input_size[1:])
+
+    def hook_of(path: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if not args or not all(isinstance(t, torch.Tensor) and t.ndim == 4 for t in (args[0], output)):
+                return
+            before, after = (round(side / min(t.shape[-2:])) for t in (args[0], output))
+            if before < REDUCTION and after > before:
+                shrinking.append((path, module, before, after, tuple(args[0].shape)))
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(hook_of(path))
+        for path, module in model.named_modules()
+        if hasattr(module, "stride") and next(module.children(), None) is None
+    ]
+    try:
+        _check_runs(model, name, input_size, num_classes)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not shrinking:
+        raise ValueError(
+            f"`name`: {name} ({type(model).__name__}) has no strided convolution or pooling near its input that could "
+            "be adapted to small images."
+        )
+    for path, module, before, after, shape in shrinking:
+        if isinstance(module, nn.Conv2d):
+            _set_stride(module, max(1, after // REDUCTION), shape[1:], reads_image=before == 1)
+        else:
+            parent, _, attribute = path.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, nn.Identity())
+
+
+def _set_stride(conv: nn.Conv2d, stride: int, shape: tuple[int, ...], *, reads_image: bool) -> None:
+    """Give a convolution a stride, and the kernel and padding that go with it."""
+    kernel = conv.kernel_size[0]
+    conv.stride = (stride, stride)
+    if stride > 1:
+        kernel = stride
+    elif kernel % 2 == 0 or (reads_image and kernel > 3):
+        kernel = 3
+    if conv.kernel_size != (kernel, kernel):
+        conv.kernel_size = (kernel, kernel)
+        conv.weight = nn.Parameter(conv.weight.new_empty(*conv.weight.shape[:2], kernel, kernel))
+        conv.reset_parameters()
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    # timm's own convolutions pad by themselves, others as they are told.
+    for padding in (conv.padding, ((kernel - 1) // 2 * conv.dilation[0],) * 2):
+        conv.padding = padding
+        with torch.no_grad():
+            if conv(conv.weight.new_zeros(1, *shape)).shape[-1] == -(-shape[-1] // stride):
+                return
+
+
+def _per_channel(values: Sequence[float] | None, of_timm: Sequence[float], channels: int, argument: str) -> list[float]:
+    if values is None:  # timm's are for colour images
+        values = list(of_timm) if len(of_timm) == channels else [sum(of_timm) / len(of_timm)] * channels
+    if not isinstance(values, (tuple, list)):
+        raise ValueError(f"`{argument}` must have one value for each of {channels} channels, got {values!r}.")
+    if len(values) == channels:
+        return list(values)
+    raise ValueError(f"`{argument}` has {len(values)} values, one for each of {channels} channels is needed.")

@@ -1,0 +1,190 @@
+"""Checks of classifiers, attacks, data and labels that a user passes in, made before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from art.attacks import EvasionAttack
+from art.estimators.classification import PyTorchClassifier
+
+from art_clat.layers.kinds import is_weighted_model
+
+
+def check_classifier(classifier: object, *, needs_optimizer: bool) -> None:
+    """
+    Refuse what is not a trainable ART PyTorch classifier.
+
+    :param classifier: What the user passed.
+    :param needs_optimizer: Whether it is going to be trained.
+    :raises TypeError: If it is not a ``PyTorchClassifier``.
+    :raises ValueError: If it has no optimiser but needs one, or no weighted layer.
+    """
+    if not isinstance(classifier, PyTorchClassifier):
+        raise TypeError(
+            "`classifier` must be an ART PyTorchClassifier (art.estimators.classification), "
+            f"got {type(classifier).__module__}.{type(classifier).__qualname__}."
+        )
+    if needs_optimizer and classifier.optimizer is None:
+        raise ValueError(
+            "`classifier` has no optimizer: pass `optimizer=torch.optim.SGD(model.parameters(), ...)`, or another, "
+            "to PyTorchClassifier."
+        )
+    if not is_weighted_model(classifier.model):
+        raise ValueError(
+            "`classifier.model` has no weighted layer: it needs at least one module with a weight of two or more "
+            f"dimensions (convolution, linear, ...), got {type(classifier.model).__qualname__}."
+        )
+
+
+def check_attack(attack: object, classifier: PyTorchClassifier, *, argument: str) -> None:
+    """
+    Refuse what is not an untargeted ART evasion attack on this classifier.
+
+    :param attack: What the user passed.
+    :param classifier: The classifier it must be bound to.
+    :param argument: The name of the argument, for the message.
+    :raises TypeError: If it is not an ``EvasionAttack``.
+    :raises ValueError: If it is targeted, bound to another classifier, or has one ε a sample.
+    """
+    if isinstance(attack, type) and issubclass(attack, EvasionAttack):
+        raise TypeError(f"`{argument}` is the class {attack.__name__}; an instance is needed, {attack.__name__}(...).")
+    if not isinstance(attack, EvasionAttack):
+        raise TypeError(
+            f"`{argument}` must be an ART EvasionAttack, got {type(attack).__module__}.{type(attack).__qualname__}."
+        )
+    name = type(attack).__name__
+    # Some of ART's attacks (APGD with a loss) wrap the classifier they are given in one of their own.
+    if attack.estimator is not classifier and getattr(attack.estimator, "model", None) is not classifier.model:
+        raise ValueError(
+            f"`{argument}`: {name} is bound to another classifier; build it on the classifier that is trained, "
+            f"{name}(classifier, ...)."
+        )
+    if getattr(attack, "targeted", False):
+        raise ValueError(f"`{argument}`: {name} is targeted; an untargeted attack (`targeted=False`) is needed.")
+    eps = getattr(attack, "eps", None)
+    if isinstance(eps, np.ndarray) and eps.ndim > len(classifier.input_shape) and eps.shape[0] != 1:
+        raise ValueError(
+            f"`{argument}`: {name} has an `eps` of shape {eps.shape}, one value a sample; a scalar or an array that "
+            f"broadcasts to one input of shape {tuple(classifier.input_shape)} is accepted."
+        )
+
+
+def check_data(
+    classifier: PyTorchClassifier,
+    x: npt.NDArray[np.generic],
+    y: npt.NDArray[np.generic],
+    *,
+    argument: str,
+    label_argument: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Check inputs and labels and give them as tensors; the arrays are left as they are.
+
+    :param classifier: The classifier they are for.
+    :param x: Inputs, shape (n, *input_shape), floating point.
+    :param y: Index labels, shape (n,) or (n, 1), or class probabilities (one-hot labels), shape (n, nb_classes).
+    :param argument: Name of `x`, for messages.
+    :param label_argument: Name of `y`, for messages.
+    :return: Inputs, float32, and labels: int64 of shape (n,), or float32 of shape (n, nb_classes) where they are
+             probabilities other than zero and one.
+    :raises ValueError: If they are empty, of different length or wrong shape, not floating point, not finite, outside
+            ``clip_values``, or labels are no classes of the classifier.
+    """
+    x, y = np.asarray(x), np.asarray(y)
+    if x.shape == tuple(classifier.input_shape):
+        raise ValueError(f"`{argument}` is one input of shape {x.shape}; a batch is needed, `{argument}[None]`.")
+    if len(x.shape) == 0 or len(x) == 0:
+        raise ValueError(f"`{argument}` is empty; at least one input is needed.")
+    if y.ndim == 0 or len(x) != len(y):
+        raise ValueError(
+            f"`{argument}` and `{label_argument}` differ in length: {len(x)} and {len(y) if y.ndim else 'none'}."
+        )
+    if not np.issubdtype(x.dtype, np.floating):
+        raise ValueError(
+            f"`{argument}` must be floating point, got {x.dtype}; images of 0…255 become `x.astype(np.float32) / 255`."
+        )
+    if x.shape[1:] != tuple(classifier.input_shape):
+        raise ValueError(
+            f"`{argument}` has inputs of shape {x.shape[1:]}, the classifier takes {tuple(classifier.input_shape)}."
+        )
+    with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is refused as such
+        x = x.astype(np.float32, copy=False)
+    if not np.isfinite(x).all():
+        bad = int((~np.isfinite(x)).reshape(len(x), -1).any(axis=1).sum())
+        raise ValueError(f"`{argument}` holds NaN or infinity, in {bad} of {len(x)} inputs; finite values are needed.")
+    if classifier.clip_values is not None:
+        low, high = (np.asarray(value) for value in classifier.clip_values)
+        if (x < low).any() or (x > high).any():
+            raise ValueError(
+                f"`{argument}` lies in [{x.min():.6g}, {x.max():.6g}], outside the classifier's clip_values "
+                f"[{low.min():.6g}, {high.max():.6g}]."
+            )
+    if not x.flags.writeable or min(x.strides) < 0:  # a memory map, say, or a flipped view: torch takes neither
+        x = x.copy()
+    return torch.as_tensor(x), check_labels(y, int(classifier.nb_classes), argument=label_argument)
+
+
+def check_labels(y: npt.NDArray[np.generic], nb_classes: int, *, argument: str) -> torch.Tensor:
+    """
+    Check labels and give them as a tensor.
+
+    :param y: As in :func:`check_data`.
+    :param nb_classes: Number of classes.
+    :param argument: Name of `y`, for messages.
+    :return: As in :func:`check_data`.
+    :raises ValueError: If they are no labels of these classes.
+    """
+    y = np.asarray(y)
+    if y.dtype.kind not in "biuf":
+        raise ValueError(f"`{argument}` must hold numbers, 0…{nb_classes - 1}, got {y.dtype}.")
+    if y.ndim == 2 and y.shape[1] == 1:
+        y = y[:, 0]
+    if y.ndim == 1:
+        values = y.astype(np.float64)
+        if not np.isfinite(values).all() or (values != np.round(values)).any():
+            raise ValueError(f"`{argument}` holds labels that are no whole numbers; 0…{nb_classes - 1} are accepted.")
+        if values.min() < 0 or values.max() >= nb_classes:
+            raise ValueError(
+                f"`{argument}` holds labels from {int(values.min())} to {int(values.max())}; the classifier has "
+                f"{nb_classes} classes, so 0…{nb_classes - 1} are accepted."
+            )
+        return torch.as_tensor(values.astype(np.int64))
+    if y.ndim != 2 or y.shape[1] != nb_classes:
+        raise ValueError(
+            f"`{argument}` has shape {y.shape}; index labels of shape (n,) or one-hot labels of shape "
+            f"(n, {nb_classes}) are accepted."
+        )
+    values = y.astype(np.float32)
+    if not np.isfinite(values).all() or (values < 0).any() or not np.allclose(values.sum(axis=1), 1, atol=1e-4):
+        raise ValueError(f"`{argument}` has rows that are no class probabilities: non-negative values with sum 1.")
+    one_hot = bool(((values == 0) | (values == 1)).all())
+    return torch.as_tensor(values.argmax(axis=1) if one_hot else values)
+
+
+def check_optimizer_holds(
+    optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, torch.nn.Parameter]]
+) -> None:
+    """
+    Refuse trainable parameters that the optimiser does not hold: they would silently never train.
+
+    :param optimizer: The classifier's optimiser.
+    :param named_parameters: Layer names and their parameters.
+    :raises ValueError: If one is missing.
+    """
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
+    missing = list(dict.fromkeys(name for name, p in trainable if p not in held))
+    if missing and not any(p in held for _, p in trainable):
+        raise ValueError(
+            "`classifier.optimizer` holds no parameter of `classifier.model`'s layers: it belongs to another model. "
+            "Build it on `model.parameters()`."
+        )
+    if missing:
+        raise ValueError(
+            f"`classifier.optimizer` does not hold the parameters of {len(missing)} layer(s) that may be chosen, "
+            f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}: they would never train. Build the "
+            "optimizer on `model.parameters()`, or set `requires_grad=False` on what must stay frozen."
+        )

@@ -1,0 +1,128 @@
+"""The CIFAR networks of the CLAT paper, registered with timm: RobustBench's where it has them, else timm's own."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import timm
+from timm.layers import ClassifierHead
+from timm.models import generate_default_cfgs, register_model
+from torch import nn
+
+from art_clat.utils.robustbench_import import robustbench_utils
+
+default_cfgs = generate_default_cfgs(
+    {
+        name: {
+            "url": "",
+            "num_classes": 10,
+            "input_size": (3, 32, 32),
+            "fixed_input_size": True,
+            "mean": (0.4914, 0.4822, 0.4465),
+            "std": (0.2471, 0.2435, 0.2616),
+            "first_conv": first_conv,
+            "classifier": classifier,
+        }
+        for name, first_conv, classifier in (
+            ("preactresnet18_cifar", "conv1", "linear"),
+            ("resnet18_cifar", "conv1", "linear"),
+            ("wideresnet28_10_cifar", "conv1", "fc"),
+            ("wideresnet34_10_cifar", "conv1", "fc"),
+            ("densenet121_cifar", "features.conv0", "classifier"),
+            ("vgg16_bn_cifar", "features.0", "head.fc"),
+        )
+    }
+)
+
+
+def preactresnet18_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """PreActResNet-18, RobustBench's, with a BatchNorm before the classifier (as in Rice et al., arXiv 2002.11569)."""
+    resnet = _architectures("resnet")
+    settings = {"bn_before_fc": True, "out_shortcut": True, **_settings("preactresnet18_cifar", pretrained, kwargs)}
+    return _announced(
+        "preactresnet18_cifar", resnet.PreActResNet(resnet.PreActBlock, [2, 2, 2, 2], **settings), settings
+    )
+
+
+def resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-18 with a 3×3 stem, RobustBench's."""
+    resnet = _architectures("resnet")
+    settings = _settings("resnet18_cifar", pretrained, kwargs)
+    return _announced("resnet18_cifar", resnet.ResNet(resnet.BasicBlock, [2, 2, 2, 2], **settings), settings)
+
+
+def wideresnet28_10_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """WideResNet-28-10, RobustBench's."""
+    return _wideresnet("wideresnet28_10_cifar", 28, pretrained, kwargs)
+
+
+def wideresnet34_10_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """WideResNet-34-10, RobustBench's."""
+    return _wideresnet("wideresnet34_10_cifar", 34, pretrained, kwargs)
+
+
+def densenet121_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DenseNet-121, timm's, with a 3×3 stem of stride 1 and without the first pooling."""
+    settings = _settings("densenet121_cifar", pretrained, kwargs, in_chans=3)
+    model = timm.create_model("densenet121", **settings)
+    stem = model.features.conv0
+    model.features.conv0 = nn.Conv2d(stem.in_channels, stem.out_channels, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.features.conv0.weight)
+    model.features.pool0 = nn.Identity()
+    return _announced("densenet121_cifar", model, settings)
+
+
+def vgg16_bn_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """VGG-16 with BatchNorm, timm's, with one linear layer after the convolutions."""
+    settings = _settings("vgg16_bn_cifar", pretrained, kwargs, in_chans=3)
+    model = timm.create_model("vgg16_bn", **{**settings, "num_classes": 0})
+    model.num_classes = settings["num_classes"]
+    model.head_hidden_size = model.num_features
+    model.pre_logits = nn.Identity()
+    model.head = ClassifierHead(model.num_features, model.num_classes, drop_rate=settings.get("drop_rate", 0.0))
+    return _announced("vgg16_bn_cifar", model, settings)
+
+
+def _wideresnet(name: str, depth: int, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    settings = _settings(name, pretrained, kwargs)
+    return _announced(name, _architectures("wide_resnet").WideResNet(depth, widen_factor=10, **settings), settings)
+
+
+def _architectures(module: str) -> Any:
+    """Import one of RobustBench's modules of architectures."""
+    robustbench_utils()
+    return importlib.import_module(f"robustbench.model_zoo.architectures.{module}")
+
+
+def _settings(name: str, pretrained: bool, kwargs: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Take from timm's arguments those that the network is made with, and refuse what it cannot do."""
+    if pretrained:
+        raise ValueError(f"`pretrained`: there are no weights for {name}.")
+    own = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+    settings = {"num_classes": 10, **more, **{key: value for key, value in kwargs.items() if key not in own}}
+    size = settings.pop("img_size", 32)
+    if size not in (32, (32, 32), [32, 32]):
+        raise ValueError(f"`img_size`: {name} is made for images of 32×32, got {size}.")
+    if "in_chans" not in more and settings.pop("in_chans", 3) != 3:
+        raise ValueError(f"`in_chans`: {name} takes images of 3 channels, got {kwargs['in_chans']}.")
+    return settings
+
+
+def _announced(name: str, model: Any, settings: dict[str, Any]) -> nn.Module:
+    """Let a network say of itself what timm's say."""
+    model.num_classes = settings["num_classes"]
+    model.pretrained_cfg = model.default_cfg = default_cfgs[name].default.to_dict()
+    network: nn.Module = model
+    return network
+
+
+for _function in (
+    preactresnet18_cifar,
+    resnet18_cifar,
+    wideresnet28_10_cifar,
+    wideresnet34_10_cifar,
+    densenet121_cifar,
+    vgg16_bn_cifar,
+):
+    register_model(_function)

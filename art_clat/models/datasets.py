@@ -1,0 +1,222 @@
+"""Test data by name, as the command line takes them."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import numpy.typing as npt
+
+from art_clat.utils.robustbench_import import robustbench_utils
+
+#: Data sets that have a name; anything else is an image folder or an ``.npz`` file.
+DATASETS = ("cifar10", "cifar100", "imagenet", "digits")
+
+
+#: RobustBench's name of how ImageNet's images are resized and cropped unless something else is said.
+IMAGENET_PREPROCESSING = "Res256Crop224"
+
+
+@dataclass(frozen=True)
+class TestData:
+    """
+    Examples to evaluate on.
+
+    :param x: Images in [0, 1], float32, shape (n, channels, height, width).
+    :param y: Index labels, shape (n,).
+    :param nb_classes: Number of classes.
+    """
+
+    x: npt.NDArray[np.float32]
+    y: npt.NDArray[np.int64]
+    nb_classes: int
+
+
+def load_data(
+    name: str,
+    *,
+    data_dir: str | os.PathLike[str] = "data",
+    nb_examples: int | None = None,
+    preprocessing: str | Callable[[Any], Any] | None = None,
+    nb_classes: int | None = None,
+) -> TestData:
+    """
+    Give test data by their name.
+
+    :param name: ``"cifar10"``, ``"cifar100"``, ``"imagenet"``, through RobustBench's loaders; ``"digits"``, those of
+           scikit-learn's that ``examples/quickstart.py`` holds out; an image folder with a folder a class; or an
+           ``.npz`` file with arrays ``x``, in [0, 1] or uint8, shape (n, channels, height, width), and ``y``.
+    :param data_dir: Where the data sets of a name are; CIFAR is downloaded if it is not there.
+    :param nb_examples: How many, or `None` for all: the first ones, of an image folder evenly spaced ones.
+    :param preprocessing: How ImageNet's or a folder's images are resized and cropped: RobustBench's name of it, or a
+           function of an image; `None` for ``"Res256Crop224"``, or for a folder's images as they are.
+    :param nb_classes: Number of classes; `None` for what the data say.
+    :return: The data.
+    :raises ValueError: If they are no such data, or fewer than are asked for.
+    :raises OSError: If they are not there; the message says where they were looked for.
+    """
+    if nb_examples is not None and nb_examples < 1:
+        raise ValueError(f"`nb_examples` must be at least 1, got {nb_examples}.")
+    if name in ("cifar10", "cifar100"):
+        x, y, classes = *_cifar(name, Path(data_dir), nb_examples), {"cifar10": 10, "cifar100": 100}[name]
+    elif name == "imagenet":
+        x, y, classes = *_imagenet(Path(data_dir), nb_examples, preprocessing or IMAGENET_PREPROCESSING), 1000
+    elif name == "digits":
+        x, y, classes = *_digits(), 10
+    elif Path(name).is_dir():
+        x, y, classes = _image_folder(Path(name), nb_examples, preprocessing)
+        if nb_classes not in (None, classes):
+            raise ValueError(
+                f"`nb_classes` is {nb_classes}, {name} has {classes} folders: labels are the folders' numbers in "
+                "alphabetical order, so that every class needs its folder."
+            )
+    elif Path(name).suffix == ".npz":
+        x, y = _npz(Path(name))
+        classes = int(y.max()) + 1
+    else:
+        raise FileNotFoundError(
+            f"`dataset` must be one of {', '.join(DATASETS)}, an image folder or an .npz file; {name!r} is none, nor "
+            f"is there such a folder in {Path.cwd()}."
+        )
+    if len(x) < (nb_examples or 0):
+        raise ValueError(f"`nb_examples` is {nb_examples}, {name} has {len(x)} examples.")
+    return TestData(x[:nb_examples], y[:nb_examples], nb_classes or classes)
+
+
+def _cifar(name: str, data_dir: Path, nb_examples: int | None) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    robustbench = robustbench_data()
+    dataset = getattr(robustbench.datasets, name.upper())
+    try:
+        with only_test_files(dataset):
+            x, y = getattr(robustbench, f"load_{name}")(nb_examples, str(data_dir))
+    except Exception as error:  # of torchvision, of the network, of the disk
+        raise FileNotFoundError(
+            f"`data_dir`: {name}'s test set was looked for in {(data_dir / dataset.base_folder).resolve()} "
+            f"({', '.join(file for file, _ in dataset.test_list)} and {dataset.meta['filename']}, with their published "
+            f"checksums) and could not be downloaded: {error}. Unpack {dataset.url} in {data_dir.resolve()}, or pass "
+            "the folder where it is."
+        ) from error
+    return x.numpy(), y.numpy()
+
+
+@contextmanager
+def only_test_files(dataset: Any) -> Iterator[None]:
+    """
+    Have torchvision ask for the files of the test set only.
+
+    :param dataset: torchvision's class of CIFAR.
+    """
+    with mock.patch.object(dataset, "train_list", []):
+        yield
+
+
+def _imagenet(
+    data_dir: Path, nb_examples: int | None, preprocessing: str | Callable[[Any], Any]
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    robustbench = robustbench_data()
+    try:
+        x, y = robustbench.load_imagenet(nb_examples or 5000, str(data_dir), _transform(preprocessing))
+    except OSError as error:
+        raise FileNotFoundError(
+            f"`data_dir`: ImageNet's validation set was looked for in {(data_dir / 'val').resolve()}, with a folder a "
+            f"class (n01440764, ...): {error}. It cannot be downloaded freely; see image-net.org."
+        ) from error
+    return x.numpy(), y.numpy()
+
+
+def _image_folder(
+    folder: Path, nb_examples: int | None, preprocessing: str | Callable[[Any], Any] | None
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64], int]:
+    from torchvision.datasets import ImageFolder
+
+    try:
+        images = ImageFolder(str(folder), _transform(preprocessing))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"`dataset`: {folder.resolve()} has no images; a folder for every class, with images in it, is needed: "
+            f"{error}"
+        ) from error
+    if len(images) < (nb_examples or 0):
+        raise ValueError(f"`nb_examples` is {nb_examples}, {folder} has {len(images)} images.")
+    # They are sorted by class: evenly spaced ones are of every class.
+    chosen = np.linspace(0, len(images) - 1, nb_examples or len(images)).round().astype(int)
+    x = []
+    for index in chosen:
+        try:
+            x.append(images[index][0].numpy())
+        except OSError as error:
+            raise ValueError(f"`dataset`: {images.samples[index][0]} cannot be read as an image: {error}") from error
+    for index, image in zip(chosen, x, strict=True):
+        if image.shape != x[0].shape:
+            raise ValueError(
+                f"`dataset`: {images.samples[index][0]} has {image.shape[1]}×{image.shape[2]} pixels, "
+                f"{images.samples[chosen[0]][0]} has {x[0].shape[1]}×{x[0].shape[2]}; all must have the same, or a "
+                "`preprocessing` is needed."
+            )
+    return np.stack(x), np.array([images.targets[index] for index in chosen]), len(images.classes)
+
+
+def _npz(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"`dataset`: there is no file {path.resolve()}.")
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            raise ValueError(
+                "it holds one array without a name, as np.save writes it; np.savez(path, x=x, y=y) is needed"
+            )
+        with loaded as arrays:
+            if not {"x", "y"} <= set(arrays.files):
+                raise ValueError(f"arrays `x` and `y` are needed, it has {', '.join(arrays.files) or 'none'}")
+            x, y = arrays["x"], arrays["y"]
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"`dataset`: {path} cannot be read: {error}.") from error
+    if x.dtype == np.uint8:
+        x = x.astype(np.float32) / 255
+    if x.ndim != 4 or len(x) == 0 or y.shape != (len(x),) or y.dtype.kind not in "iu":
+        raise ValueError(
+            f"`dataset`: {path} must hold images `x` of shape (n, channels, height, width) and whole numbers `y` of "
+            f"shape (n,), got {x.shape} and {y.dtype} of shape {y.shape}."
+        )
+    if x.shape[3] in (1, 3) and x.shape[1] not in (1, 3):
+        raise ValueError(
+            f"`dataset`: {path} has images of shape {x.shape[1:]}, with the channels last; x.transpose(0, 3, 1, 2) has "
+            "them first."
+        )
+    return x, y.astype(np.int64)
+
+
+def _digits() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()  # split as in examples/quickstart.py: 1,200 to train, 200 to validate, these to test
+    x, y = (digits.images[:, None] / 16).astype(np.float32), digits.target
+    _, x, _, y = train_test_split(x, y, train_size=1200, stratify=y, random_state=0)
+    _, x, _, y = train_test_split(x, y, train_size=200, stratify=y, random_state=0)
+    return x, y
+
+
+def _transform(preprocessing: str | Callable[[Any], Any] | None) -> Callable[[Any], Any]:
+    if callable(preprocessing):
+        return preprocessing
+    known = robustbench_data().PREPROCESSINGS
+    if preprocessing not in known:
+        names = ", ".join(name for name in known if name)
+        raise ValueError(f"`preprocessing` must be one of RobustBench's: {names}; got {preprocessing!r}.")
+    return known[preprocessing]  # type: ignore[no-any-return]
+
+
+def robustbench_data() -> ModuleType:
+    robustbench_utils()
+    import robustbench.data
+
+    return robustbench.data  # type: ignore[no-any-return]

@@ -1,0 +1,261 @@
+"""ART's PyTorch classifier as functions of tensors: preprocessing, logits, loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+
+import numpy as np
+import torch
+from art.estimators.classification import PyTorchClassifier
+from art.preprocessing.standardisation_mean_std.pytorch import StandardisationMeanStdPyTorch
+from art.preprocessing.standardisation_mean_std.utils import broadcastable_mean_std
+from torch import nn
+
+from art_clat.layers.batch_norm import BatchNorms, Factors
+from art_clat.layers.discovery import find_layers
+from art_clat.layers.features import tell_samples_apart
+from art_clat.layers.freezing import only_trainable
+from art_clat.layers.groups import Granularity
+from art_clat.layers.layer import Layer
+from art_clat.utils.modes import evaluation_mode
+from art_clat.utils.processes import Ranks
+
+
+class TensorClassifier:
+    """
+    A view of an ART classifier in which inputs, labels, logits and losses are tensors on its device.
+
+    :param classifier: Any ``PyTorchClassifier``, its Hugging Face subclass included.
+    """
+
+    def __init__(self, classifier: PyTorchClassifier) -> None:
+        self.classifier = classifier
+        self.model: nn.Module = classifier.model
+        self.device = torch.device(classifier.device)
+        self.nb_classes = int(classifier.nb_classes)
+        #: The processes that train it.
+        self.ranks = Ranks()
+        self._sharing = Ranks()  # those that share the batch of a forward pass
+        self._factors: Factors | None = None
+        # Also those of other classes that come down to torch's function.
+        self._has_norms = any(hasattr(module, "running_mean") for module in self.model.modules())
+        #: Whether an input gradient flows through the preprocessing.
+        self.is_differentiable = bool(classifier.all_framework_preprocessing)
+        clip = classifier.clip_values
+        self.clip_values = (
+            None
+            if clip is None
+            else tuple(torch.as_tensor(np.asarray(c, np.float32), device=self.device) for c in clip)
+        )
+        # ART's own wrapper of a plain network would keep every intermediate result of an `nn.Sequential`.
+        is_plain = type(classifier._model).__module__ == PyTorchClassifier.__module__
+        self._wrapped: nn.Module = classifier._model
+        self._run: Callable[[torch.Tensor], torch.Tensor] = self.model if is_plain else lambda x: self._wrapped(x)[-1]
+        self._compiled: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self._amp = False
+        # Whether the loss takes index labels, which ART would make of one-hot ones, waiting for the device.
+        indices = torch.arange(self.nb_classes, device=self.device)
+        reduced = classifier.reduce_labels(self.one_hot(indices))
+        self._takes_indices = reduced.dtype == indices.dtype and torch.equal(reduced, indices)
+        self._standardisations: dict[tuple[bytes, bytes], list[torch.Tensor]] = {}
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        Give the network's output, through the preprocessing that ART applies at prediction.
+
+        :param x: Inputs as the user gives them, shape (batch, *input_shape).
+        :return: Shape (batch, nb_classes).
+        """
+        x, _ = self._preprocess(x, None, fit=False)
+        return self._forward(x)
+
+    def loss(self, x: torch.Tensor, y: torch.Tensor, *, fit: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Give the classifier's own loss, and the logits it was computed from.
+
+        :param x: Inputs, shape (batch, *input_shape).
+        :param y: Index labels, shape (batch,), or class probabilities, shape (batch, nb_classes).
+        :param fit: Apply the preprocessing that ART applies in training, not that of prediction.
+        :return: The loss, reduced as the classifier's loss does, and logits of shape (batch, nb_classes).
+        """
+        if self._only_standardises():
+            x, labels = self._preprocess(x, None, fit=fit)[0], self._labels(y)
+        else:
+            x, y = self._preprocess(x, self.one_hot(y), fit=fit)
+            labels = self.classifier.reduce_labels(y)
+        logits = self._forward(x)
+        loss: torch.Tensor = self.classifier.loss(logits, labels)
+        return loss, logits
+
+    def loss_on(self, y: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """
+        Give the classifier's own loss as a function of the inputs only, for an attack on the network's output.
+
+        :param y: Labels, as in :meth:`loss`.
+        :return: A function of inputs of shape (batch, *input_shape); it prepares the labels once, not at every call.
+        """
+        if not self._only_standardises():
+            return lambda x: self.loss(x, y)[0]  # preprocessing may change labels along with inputs
+        labels = self._labels(y)
+
+        def loss(x: torch.Tensor) -> torch.Tensor:
+            x, _ = self._preprocess(x, None, fit=False)
+            value: torch.Tensor = self.classifier.loss(self._forward(x, whole=True), labels)
+            return value
+
+        return loss
+
+    def one_hot(self, y: torch.Tensor) -> torch.Tensor:
+        """
+        Give labels as ART's own methods expect them.
+
+        :param y: Index labels, shape (batch,), or class probabilities, shape (batch, nb_classes).
+        :return: Shape (batch, nb_classes), float32.
+        """
+        return y if y.ndim == 2 else nn.functional.one_hot(y, self.nb_classes).float()
+
+    def find_layers(
+        self, x: torch.Tensor, *, after_norm: bool = False, granularity: Granularity = "layer"
+    ) -> list[Layer]:
+        """
+        Find the network's layers in execution order.
+
+        :param x: At least one input, shape (batch, *input_shape).
+        :param after_norm: Take features after a layer's norm.
+        :param granularity: What counts as one layer.
+        :return: See :func:`art_clat.layers.discovery.find_layers`.
+        :raises ValueError: If the network is compiled, or recomputes activations.
+        """
+        for name, module in self.model.named_modules():
+            if isinstance(getattr(module, "_orig_mod", None), nn.Module):
+                raise ValueError(
+                    f"`classifier.model`: {name or 'it'} has been through `torch.compile`, which hides its layers: "
+                    "give ART the network as it was before, and `compile=True` to the trainer."
+                )
+            if getattr(module, "grad_checkpointing", False):
+                raise ValueError(
+                    f"`classifier.model`: {name or 'it'} recomputes its activations, which gives attacks no input "
+                    "gradient: call `set_grad_checkpointing(False)`."
+                )
+        one = x[:1].to(self.device)
+        with evaluation_mode(self.model):
+            layers = find_layers(
+                self.model,
+                lambda size: self.logits(one.expand(size, *one.shape[1:])),
+                after_norm=after_norm,
+                granularity=granularity,
+            )
+            return tell_samples_apart(layers, self.logits, one)
+
+    @contextmanager
+    def accelerated(self, *, amp: bool, compile: bool, channels_last: bool) -> Iterator[None]:
+        """
+        Run the network faster in this context, with other rounding.
+
+        :param amp: Compute what autocast lets compute in bfloat16 in it; logits come out in float32.
+        :param compile: Run the whole-network passes of attacks through ``torch.compile``.
+        :param channels_last: Store images and convolution weights with their channels last; on leaving they are stored
+               as before.
+        """
+        formats = [(p, p.stride()) for p in self.model.parameters() if p.ndim == 4] if channels_last else []
+        state = {} if self.classifier.optimizer is None else self.classifier.optimizer.state
+        try:
+            self._amp = amp
+            self._compiled = torch.compile(self._run, dynamic=False) if compile else None
+            for parameter, _ in formats:
+                _restride(parameter, state, torch.empty_like(parameter, memory_format=torch.channels_last).stride())
+            yield
+        finally:
+            self._amp, self._compiled = False, None
+            for parameter, stride in formats:
+                _restride(parameter, state, stride)
+
+    @contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """Switch mixed precision off in this context."""
+        amp, self._amp = self._amp, False
+        try:
+            yield
+        finally:
+            self._amp = amp
+
+    def _forward(self, x: torch.Tensor, *, whole: bool = False) -> torch.Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._amp):
+            if whole and self._compiled is not None:
+                return self._compiled(x).float()
+            with BatchNorms(self._sharing, self._factors) if self._has_norms else nullcontext():
+                output = self._run(x)
+        return output.float() if self._amp else output
+
+    @contextmanager
+    def attacked(self) -> Iterator[None]:
+        """Run the network as attacks do: in evaluation mode, and its weights frozen, so that no gradient is theirs."""
+        with evaluation_mode(self._wrapped), only_trainable(self.model, []):
+            self._factors = {}
+            try:
+                yield
+            finally:
+                self._factors = None
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Take BatchNorm statistics over the processes in this context, whose forward passes all of them make."""
+        self._sharing = self.ranks
+        try:
+            yield
+        finally:
+            self._sharing = Ranks()
+
+    def _labels(self, y: torch.Tensor) -> torch.Tensor:
+        """Give labels as the loss takes them."""
+        if y.ndim == 1 and self._takes_indices:
+            return y
+        labels: torch.Tensor = self.classifier.reduce_labels(self.one_hot(y))
+        return labels
+
+    def _only_standardises(self) -> bool:
+        operations = self.classifier.preprocessing_operations
+        return all(isinstance(operation, StandardisationMeanStdPyTorch) for operation in operations)
+
+    def _standardise(self, x: torch.Tensor, *, fit: bool) -> torch.Tensor:
+        """Do what ART's standardisation does, with its constants on the device; never in place."""
+        standard = x
+        for operation in self.classifier.preprocessing_operations:
+            applied = operation.apply_fit if fit else operation.apply_predict
+            if not applied or (np.all(operation.mean == 0) and np.all(operation.std == 1)):
+                continue  # by 0 and 1 where nobody asked for one
+            key = (operation.mean.tobytes(), operation.std.tobytes())
+            if key not in self._standardisations:
+                constants = broadcastable_mean_std(x, operation.mean, operation.std)
+                self._standardisations[key] = [
+                    torch.as_tensor(np.asarray(c, np.float32), device=x.device) for c in constants
+                ]
+            mean, std = self._standardisations[key]
+            standard = (standard - mean) / std
+        return x.clone() if standard is x else standard  # a network may begin with an in-place operation
+
+    def _preprocess(self, x: torch.Tensor, y: torch.Tensor | None, *, fit: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._only_standardises():
+            return self._standardise(x, fit=fit), y  # type: ignore[return-value]
+        if self.is_differentiable:
+            return self.classifier._apply_preprocessing(x, y, fit=fit, no_grad=False)  # type: ignore[no-any-return]
+        y_array = None if y is None else y.cpu().numpy()
+        arrays = self.classifier._apply_preprocessing(x.detach().cpu().numpy(), y_array, fit=fit)
+        x, y = (None if a is None else torch.as_tensor(a, device=self.device) for a in arrays)  # type: ignore[assignment]
+        return x.float(), y  # type: ignore[return-value]
+
+
+def _restride(
+    parameter: nn.Parameter, state: Mapping[torch.Tensor, dict[str, object]], stride: tuple[int, ...]
+) -> None:
+    """Store a parameter, and what its optimiser keeps of the same shape, in another order."""
+
+    def restrided(tensor: torch.Tensor) -> torch.Tensor:
+        stored = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
+        return stored.copy_(tensor)
+
+    parameter.data = restrided(parameter.data)
+    for key, value in state.get(parameter, {}).items():
+        if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+            state[parameter][key] = restrided(value)

@@ -1,0 +1,1 @@
+"""Robust accuracy: AutoAttack, its report, and checks against false numbers."""

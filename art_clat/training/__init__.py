@@ -1,0 +1,1 @@
+"""The training loop's parts: objectives, data, history, checkpoints, averages."""

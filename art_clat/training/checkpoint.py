@@ -1,0 +1,324 @@
+"""Saving and resuming a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from art_clat.training.history import EpochRecord, History
+
+if TYPE_CHECKING:
+    from art_clat.training.averaging import Average
+from art_clat.utils.descriptions import check_description, fingerprint
+from art_clat.utils.files import prepare, read, write
+from art_clat.utils.weights import load_weights, named_tensors, weights
+
+
+@dataclass
+class Progress:
+    """
+    Where a run stands, besides its weights.
+
+    :param seed: What everything drawn at random follows from, together with the epoch and the batch.
+    :param epoch: The epoch in progress, counted from 0.
+    :param batch: Its next batch.
+    :param sums: Over the samples of the epoch so far: loss, cross-entropy, criticality loss, correct predictions, one.
+    :param seconds: Of training in the epoch so far.
+    :param chosen: Names of the layers that are trained, or `None` for the whole network.
+    :param history: The record so far.
+    """
+
+    seed: int
+    epoch: int = 0
+    batch: int = 0
+    sums: list[float] = field(default_factory=lambda: [0.0] * 5)
+    seconds: float = 0.0
+    chosen: list[str] | None = None
+    history: History = field(default_factory=History)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """
+        Stand at the beginning of an epoch.
+
+        :param epoch: Which.
+        """
+        self.epoch, self.batch, self.sums, self.seconds = epoch, 0, [0.0] * 5, 0.0
+
+
+@dataclass(frozen=True)
+class Best:
+    """
+    The weights of the epoch with the highest robust accuracy on the validation data.
+
+    :param epoch: Which it is.
+    :param robust_accuracy: In [0, 1].
+    :param weights: As :func:`weights` gives them.
+    """
+
+    epoch: int
+    robust_accuracy: float
+    weights: dict[str, torch.Tensor]
+
+
+class Checkpoint:
+    """
+    The folder a run saves itself in: ``last.safetensors`` and, with validation data, ``best.safetensors``.
+
+    Both hold the network's parameters and buffers under their own names, so that
+    ``model.load_state_dict(safetensors.torch.load_file(path), strict=False)`` reads them; the last one also what a run
+    needs to go on. They are written under another name, flushed to the disk and renamed.
+
+    :param folder: Created if missing.
+    :param model: The network.
+    :param optimizer: Its optimiser.
+    :param scheduler: The scheduler, or `None`.
+    :param description: What must be the same for a run to be continued: names, and values that JSON can hold.
+    :param average: The average of the weights, or `None`.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler | None,
+        description: Mapping[str, object],
+        average: Average | None = None,
+    ) -> None:
+        self._average = average
+        self.last, self.best = Path(folder) / "last.safetensors", Path(folder) / "best.safetensors"
+        self._model = model
+        self._optimizer = optimizer
+        self._scheduler = scheduler
+        self._description = json.loads(json.dumps(description))
+
+    def prepare(self) -> None:
+        """
+        Make sure that the folder can be written to, and clear what a kill has left there.
+
+        :raises OSError: If it cannot.
+        """
+        prepare(self.last.parent)
+
+    def resume(self) -> Progress | None:
+        """
+        Put network, optimiser and scheduler where the checkpoint has them.
+
+        :return: Where the run stands; `None` where there is no checkpoint.
+        :raises ValueError: If the file is damaged, of a newer format, or of a run of another description; nothing is
+                changed then.
+        """
+        if not self.last.exists():
+            return None
+        tensors, content = read(self.last)
+        try:
+            check_description(content["description"], self._description, self.last.parent)
+            optimizer, scheduler = (_unpacked(content[name], tensors) for name in ("optimizer", "scheduler"))
+            record = History.from_json(json.dumps(content["progress"]["history"]))
+            progress = Progress(**{**content["progress"], "history": record})
+            averages = {n.removeprefix("average:"): t for n, t in tensors.items() if n.startswith("average:")}
+            names = {name for name in tensors if not name.startswith(("optimizer:", "average:"))}
+            expected = named_tensors(self._model).keys()
+            if names != expected or (self._average is not None and averages.keys() != expected):
+                raise KeyError("weights")
+        except (KeyError, TypeError, AttributeError) as error:  # it has its checksum, but this package never wrote it
+            raise ValueError(f"`checkpoint`: {self.last} does not hold a run: {error!r}.") from error
+        load_weights(self._model, tensors)
+        if self._average is not None:
+            self._average.load(averages)
+        self._optimizer.load_state_dict(cast(dict[str, Any], optimizer))
+        if self._scheduler is not None:
+            self._scheduler.load_state_dict(cast(dict[str, Any], scheduler))
+        return progress
+
+    def save(self, progress: Progress) -> None:
+        """
+        Save the run as it stands.
+
+        :param progress: Where it stands.
+        :raises OSError: If the folder cannot be written to.
+        :raises TypeError: If the optimiser's or the scheduler's state holds what cannot be saved without pickle.
+        """
+        tensors = weights(self._model)
+        if self._average is not None:
+            tensors |= {f"average:{name}": tensor for name, tensor in self._average.state().items()}
+        content = {
+            "description": self._description,
+            "optimizer": _packed(self._optimizer.state_dict(), tensors, "optimizer:optimizer"),
+            "scheduler": None
+            if self._scheduler is None
+            else _packed(self._scheduler.state_dict(), tensors, "optimizer:scheduler"),
+            "progress": {**asdict(progress), "history": json.loads(progress.history.to_json())},
+        }
+        write(self.last, tensors, content)
+
+    def save_best(self, best: Best) -> None:
+        """
+        Save the best weights.
+
+        :param best: The weights, and the epoch they are of.
+        :raises OSError: If the folder cannot be written to.
+        """
+        content = {"description": self._description, "epoch": best.epoch, "robust_accuracy": best.robust_accuracy}
+        write(self.best, best.weights, content)
+
+    def load_best(self) -> Best | None:
+        """
+        Read the best weights back.
+
+        :return: `None` where there are none.
+        :raises ValueError: As :meth:`resume`.
+        """
+        if not self.best.exists():
+            return None
+        tensors, content = read(self.best)
+        try:
+            check_description(content["description"], self._description, self.last.parent)
+            if tensors.keys() != named_tensors(self._model).keys():
+                raise KeyError("weights")
+            return Best(content["epoch"], content["robust_accuracy"], tensors)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"`checkpoint`: {self.best} does not hold the best epoch of a run: {error!r}.") from error
+
+
+class Keeper:
+    """
+    Saves a run as it goes on, and keeps the weights of its best epoch.
+
+    :param model: The network.
+    :param checkpoint: Where to save, or `None`.
+    :param every: Save after so many batches of an epoch.
+    :param keeps_best: Whether the best epoch's weights are wanted.
+    :param writes: Whether this process writes; of several the first one does.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        checkpoint: Checkpoint | None = None,
+        *,
+        every: int = 0,
+        keeps_best: bool = False,
+        writes: bool = True,
+    ) -> None:
+        self._model = model
+        self._checkpoint = checkpoint
+        self._every = every
+        self._keeps_best = keeps_best
+        self._writes = writes
+        self._best: Best | None = None
+
+    def resume(self) -> Progress | None:
+        """
+        Put everything where the checkpoint has it.
+
+        :return: Where the run stands; `None` for a run that begins.
+        :raises ValueError: As :meth:`Checkpoint.resume`.
+        :raises OSError: As :meth:`Checkpoint.prepare`, before anything is changed.
+        """
+        if self._checkpoint is None:
+            return None
+        if self._writes:
+            self._checkpoint.prepare()
+        best = self._checkpoint.load_best()
+        progress = self._checkpoint.resume()
+        if progress is not None:
+            self._best = best
+        return progress
+
+    def is_due(self, batch: int) -> bool:
+        """
+        Tell whether to save within an epoch.
+
+        :param batch: Number of batches done.
+        :return: Whether to.
+        """
+        return self._checkpoint is not None and batch % self._every == 0
+
+    def save(self, progress: Progress) -> None:
+        """
+        Save the run.
+
+        :param progress: Where it stands.
+        """
+        if self._checkpoint is not None and self._writes:
+            self._checkpoint.save(progress)
+
+    def consider(self, record: EpochRecord) -> None:
+        """
+        Keep the weights as they are if the epoch is the best so far.
+
+        :param record: The epoch, validated.
+        """
+        robust = record.robust_accuracy
+        if not self._keeps_best or robust is None or (self._best is not None and robust <= self._best.robust_accuracy):
+            return
+        self._best = Best(record.epoch, robust, weights(self._model))
+        if self._checkpoint is not None and self._writes:
+            self._checkpoint.save_best(self._best)
+
+    def restore_best(self) -> None:
+        """Put the best epoch's weights into the network."""
+        if self._best is not None:
+            load_weights(self._model, self._best.weights)
+
+
+def fingerprint_of_state(optimizer: torch.optim.Optimizer) -> str:
+    """
+    Give a short text that is the same for the same momentum.
+
+    :param optimizer: The optimiser.
+    :return: 16 hexadecimal digits.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    packed = _packed(optimizer.state_dict()["state"], tensors, "state")
+    return hashlib.sha256(f"{packed}{fingerprint(*tensors.values())}".encode()).hexdigest()[:16]
+
+
+def _packed(value: object, tensors: dict[str, torch.Tensor], name: str) -> object:
+    """Turn the state of an optimiser or a scheduler into JSON; its tensors are put aside under names."""
+    if isinstance(value, torch.Tensor):
+        tensors[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        return {"tensor": name}
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        items = [_packed(item, tensors, f"{name}.{index}") for index, item in enumerate(value)]
+        return items if isinstance(value, list) else {"tuple": items}
+    if isinstance(value, dict):  # keys may be numbers; MultiStepLR has a Counter
+        return {
+            "counter" if isinstance(value, Counter) else "items": [
+                [_packed(key, tensors, f"{name}.key"), _packed(item, tensors, f"{name}.{key}")]
+                for key, item in value.items()
+            ]
+        }
+    raise TypeError(
+        f"`checkpoint`: {name.removeprefix('optimizer:')} is a {type(value).__qualname__}, which cannot be saved "
+        "without pickle; numbers, texts, tensors, and lists and dictionaries of them can."
+    )
+
+
+def _unpacked(value: object, tensors: Mapping[str, torch.Tensor]) -> object:
+    if isinstance(value, list):
+        return [_unpacked(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    if "tuple" in value:
+        return tuple(_unpacked(item, tensors) for item in value["tuple"])
+    items = value["counter"] if "counter" in value else value["items"]
+    unpacked = {_unpacked(key, tensors): _unpacked(item, tensors) for key, item in items}
+    return Counter(unpacked) if "counter" in value else unpacked

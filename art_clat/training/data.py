@@ -1,0 +1,170 @@
+"""Training batches, from arrays or from an ART data generator."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterator
+
+import torch
+from art.data_generators import DataGenerator
+from art.estimators.classification import PyTorchClassifier
+
+from art_clat.models.checks import check_data
+from art_clat.utils.processes import Batch, Part, Ranks
+from art_clat.utils.randomness import reseed
+
+#: The share of a GPU's free memory up to which the training set is kept there.
+DEVICE_SHARE = 0.3
+
+
+class Batches(abc.ABC):
+    """An epoch's batches of inputs and labels."""
+
+    @property
+    @abc.abstractmethod
+    def nb_batches(self) -> int:
+        """Batches in an epoch."""
+
+    @abc.abstractmethod
+    def example(self) -> torch.Tensor:
+        """Give at least one input."""
+
+    @abc.abstractmethod
+    def epoch(self, first: int, ranks: Ranks) -> Iterator[Batch]:
+        """
+        Give the batches of one epoch, in an order drawn from torch's generator when the iteration begins.
+
+        :param first: The batch to begin with.
+        :param ranks: The processes that share a batch.
+        :return: The batches.
+        """
+
+    @abc.abstractmethod
+    def sample(self, nb_samples: int, ranks: Ranks) -> list[Batch]:
+        """
+        Draw training samples to measure on; the epochs lose nothing by it.
+
+        :param nb_samples: How many over all processes, if there are as many; a generator's batches come whole.
+        :param ranks: The processes that share them.
+        :return: The batches; one that is smaller than the number of processes may be empty here.
+        """
+
+
+class ArrayBatches(Batches):
+    """
+    Batches of data in memory, shuffled anew every epoch.
+
+    :param x: Inputs, shape (n, *input_shape).
+    :param y: Labels, first dimension n.
+    :param batch_size: Samples in a batch.
+    :param drop_last: Leave out a smaller last batch.
+    :param device: Where the network runs. Data that fit are kept there.
+    """
+
+    def __init__(
+        self, x: torch.Tensor, y: torch.Tensor, *, batch_size: int, drop_last: bool, device: torch.device
+    ) -> None:
+        if device.type == "cuda" and x.nbytes < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
+            x, y = x.to(device), y.to(device)
+        self.x, self.y = x, y
+        self.batch_size = batch_size
+        self.drop_last = drop_last
+
+    @property
+    def nb_batches(self) -> int:
+        full, rest = divmod(len(self.x), self.batch_size)
+        return full + (rest > 0 and not self.drop_last)
+
+    def example(self) -> torch.Tensor:
+        return self.x[:1]
+
+    def epoch(self, first: int, ranks: Ranks) -> Iterator[Batch]:
+        order = torch.randperm(len(self.x))
+        yield from self._batches(order[first * self.batch_size : self.nb_batches * self.batch_size], ranks)
+
+    def sample(self, nb_samples: int, ranks: Ranks) -> list[Batch]:
+        return list(self._batches(torch.randperm(len(self.x))[:nb_samples], ranks))
+
+    def _batches(self, order: torch.Tensor, ranks: Ranks) -> Iterator[Batch]:
+        for indices in order.to(self.x.device).split(self.batch_size):
+            part = ranks.part(len(indices))
+            yield self.x[indices[part.mine]], self.y[indices[part.mine]], part
+
+
+class GeneratorBatches(Batches):
+    """
+    Batches of an ART data generator, each checked as it comes; for one process.
+
+    :param generator: The generator.
+    :param classifier: The classifier they are for.
+    :raises TypeError: If it is no ART data generator.
+    :raises ValueError: If its size is unknown.
+    """
+
+    def __init__(self, generator: DataGenerator, classifier: PyTorchClassifier) -> None:
+        if not isinstance(generator, DataGenerator):
+            raise TypeError(
+                "`generator` must be an ART DataGenerator (art.data_generators), "
+                "PyTorchDataGenerator(loader, size=len(dataset), batch_size=128) for a DataLoader, "
+                f"got {type(generator).__name__}."
+            )
+        if generator.size is None:
+            raise ValueError("`generator` has no size: pass `size=`, the number of examples in an epoch, to it.")
+        self.generator = generator
+        self.classifier = classifier
+        self._ahead: list[Batch] = []
+
+    @property
+    def nb_batches(self) -> int:
+        return -(-int(self.generator.size) // int(self.generator.batch_size))
+
+    def example(self) -> torch.Tensor:
+        if not self._ahead:
+            self._ahead.append(self._next())
+        return self._ahead[0][0]
+
+    def epoch(self, first: int, ranks: Ranks) -> Iterator[Batch]:
+        for _ in range(first, self.nb_batches):
+            yield self._ahead.pop(0) if self._ahead else self._next()
+
+    def sample(self, nb_samples: int, ranks: Ranks) -> list[Batch]:
+        while sum(len(x) for x, _, _ in self._ahead) < min(nb_samples, self.generator.size):
+            self._ahead.append(self._next())
+        # They are trained on first, in the epoch they belong to; an augmentation may then write into them.
+        return [(x.clone(), y, part) for x, y, part in self._ahead]
+
+    def _next(self) -> Batch:
+        x, y = self.generator.get_batch()
+        inputs, labels = check_data(
+            self.classifier, x, y, argument="x of the generator's batch", label_argument="y of the generator's batch"
+        )
+        return inputs.clone(), labels, Part(len(inputs))  # an augmentation may work in place
+
+
+def augmented(
+    augmentation: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, part: Part, *counters: int
+) -> torch.Tensor:
+    """
+    Augment the images of a batch, each by numbers of its own.
+
+    torchvision's transforms draw once for all images they are given together, so they are given one at a time, with
+    the global random generators seeded for each: its numbers follow from its place in the whole batch.
+
+    :param augmentation: A transform of one image.
+    :param x: Images of this process, shape (batch, channels, height, width).
+    :param part: Which of the batch they are.
+    :param counters: What says which batch it is, as for :func:`art_clat.utils.randomness.reseed`.
+    :return: The transformed images, same shape.
+    :raises ValueError: If they have another shape.
+    """
+    images = []
+    for place, image in zip(torch.arange(part.total)[part.mine].tolist(), x, strict=True):
+        reseed(x.device, *counters, place)
+        changed = augmentation(image)
+        if changed.shape != image.shape or changed.dtype != image.dtype:
+            raise ValueError(
+                f"`augmentation` makes {changed.dtype} images of shape {tuple(changed.shape)}; {image.dtype} ones of "
+                f"shape {tuple(image.shape)}, as they come, are needed."
+            )
+        images.append(changed)
+    return torch.stack(images)

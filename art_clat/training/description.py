@@ -1,0 +1,83 @@
+"""What a run works with, so that a checkpoint of another one is told apart."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from art.attacks import EvasionAttack
+from art.estimators.classification import PyTorchClassifier
+from torch import nn
+
+if TYPE_CHECKING:
+    pass
+from art_clat.models.description import describe_inputs
+from art_clat.utils.descriptions import settings_of, text_of
+from art_clat.utils.weights import named_tensors
+
+
+def describe(
+    classifier: PyTorchClassifier,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
+    attacks: Sequence[EvasionAttack],
+) -> dict[str, object]:
+    """
+    Describe what a run works with, so that a checkpoint of another one is told apart.
+
+    What changes in the course of a run is left out: weights, and what a scheduler sets.
+
+    :param classifier: The classifier.
+    :param scheduler: The scheduler, or `None`.
+    :param attacks: The attacks.
+    :return: Names, and values that JSON can hold.
+    """
+    tensors = named_tensors(classifier.model)
+    facts: dict[str, object] = {name: f"{tensor.dtype}, {tuple(tensor.shape)}" for name, tensor in tensors.items()}
+    facts["the architecture"] = hashlib.sha256(text_of(classifier.model).encode()).hexdigest()[:16]
+    facts["the frozen parameters"] = [n for n, p in classifier.model.named_parameters() if not p.requires_grad]
+    buffers = classifier.loss.named_buffers() if isinstance(classifier.loss, nn.Module) else ()
+    facts["the loss"] = settings_of(classifier.loss, vars(classifier.loss)) | {
+        name: text_of(buffer.cpu().numpy()) for name, buffer in buffers
+    }
+    facts |= describe_inputs(classifier)
+    for number, attack in enumerate(attacks, start=1):
+        ignored = ("verbose", "batch_size", "summary_writer", "tensor_board")
+        # ART keeps some settings of ProjectedGradientDescent in the attack it wraps only.
+        holders = [attack, getattr(attack, "_attack", attack)]
+        settings = {
+            name: next((getattr(holder, name) for holder in holders if hasattr(holder, name)), None)
+            for name in attack.attack_params
+            if name not in ignored
+        }
+        facts[f"attack {number}"] = settings_of(attack, settings)
+    schedule = {} if scheduler is None else _still(scheduler.state_dict())
+    facts["the scheduler"] = {"class": type(scheduler).__name__, **{k: text_of(v) for k, v in schedule.items()}}
+    optimizer: Any = classifier.optimizer
+    facts["the optimizer"] = type(optimizer).__name__
+    facts |= {f"optimizer.{key}": text_of(value) for key, value in optimizer.defaults.items() if key != "lr"}
+    left_out = ["params", "lr", "initial_lr"]
+    if "'cycle_momentum': True" in repr(schedule):
+        left_out += ["momentum", "betas"]
+    names = {parameter: name for name, parameter in classifier.model.named_parameters()}
+    for number, group in enumerate(optimizer.param_groups, start=1):
+        held = [names.get(parameter, "one that is not the network's") for parameter in group["params"]]
+        facts[f"optimizer group {number}"] = {
+            "parameters": len(held),
+            "in the order": hashlib.sha256(" ".join(held).encode()).hexdigest()[:16],
+            "lr": text_of(group.get("initial_lr", group["lr"])),
+            **{key: text_of(value) for key, value in group.items() if key not in left_out},
+        }
+    return facts
+
+
+def _still(state: object) -> Any:
+    """Leave out of a scheduler's state, and of those of the schedulers in it, what changes from epoch to epoch."""
+    if isinstance(state, list):
+        return [_still(item) for item in state]
+    if type(state) is not dict:
+        return state
+    moving = ["last_epoch", "T_cur", "T_i", "verbose", "_last_lr", "_step_count"]
+    moving += ["_is_initial", "_get_lr_called_within_step"]
+    return {key: _still(value) for key, value in state.items() if key not in moving}

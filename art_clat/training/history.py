@@ -1,0 +1,243 @@
+"""What a run recorded: one entry an epoch, one entry a selection of layers; as JSON and as plots."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from art_clat.selection.criticality import Criticality, LayerCriticality
+from art_clat.utils.plots import label_layers, new_axes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """
+    One epoch.
+
+    :param epoch: Counted from 0 within one call of ``fit``.
+    :param stage: ``"adversarial training"`` (the whole network) or ``"clat"`` (the critical layers).
+    :param loss: Mean over the epoch of what was minimised.
+    :param cross_entropy: Mean of the classifier's own loss within it.
+    :param criticality_loss: Mean of ``L_C``, or of a rival's second term, before its weight; 0 under PGD-AT.
+    :param learning_rate: Of the optimiser's first parameter group, during the epoch.
+    :param seconds: Of training; validation and selection are not included.
+    :param train_clean_accuracy: On the training batches as they were passed, in [0, 1]; `None` where no clean logits
+           were computed.
+    :param train_robust_accuracy: The same on the perturbed training batches, which hold clean samples too if `ratio` is
+           below 1.
+    :param clean_accuracy: On the validation data, in [0, 1]; `None` without them.
+    :param robust_accuracy: On the validation data under the trainer's first attack.
+    """
+
+    epoch: int
+    stage: str
+    loss: float
+    cross_entropy: float
+    criticality_loss: float
+    learning_rate: float
+    seconds: float
+    train_clean_accuracy: float | None
+    train_robust_accuracy: float | None
+    clean_accuracy: float | None = None
+    robust_accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class SelectionRecord:
+    """
+    One selection of layers.
+
+    :param epoch: The epoch it was made for, before its first batch.
+    :param measured: The criticality of every layer.
+    :param chosen: Names of the layers trained from then on.
+    :param trainable_parameters: Number of their trainable scalar parameters.
+    :param total_parameters: Number of the network's scalar parameters.
+    :param seconds: What measuring took.
+    """
+
+    epoch: int
+    measured: Criticality
+    chosen: tuple[str, ...]
+    trainable_parameters: int
+    total_parameters: int
+    seconds: float
+
+
+@dataclass
+class History:
+    """
+    The record of one call of ``fit`` or ``fit_generator``.
+
+    :param epochs: One entry an epoch.
+    :param selections: One entry a selection.
+    """
+
+    epochs: list[EpochRecord] = field(default_factory=list)
+    selections: list[SelectionRecord] = field(default_factory=list)
+
+    def add_validation(self, clean_accuracy: float, robust_accuracy: float) -> None:
+        """
+        Note the validation accuracies of the latest epoch.
+
+        :param clean_accuracy: In [0, 1].
+        :param robust_accuracy: In [0, 1].
+        """
+        self.epochs[-1] = replace(self.epochs[-1], clean_accuracy=clean_accuracy, robust_accuracy=robust_accuracy)
+
+    @property
+    def best_epoch(self) -> int | None:
+        """The first epoch with the highest robust accuracy on the validation data; `None` without them."""
+        validated = [record for record in self.epochs if record.robust_accuracy is not None]
+        return max(validated, key=lambda record: record.robust_accuracy or 0.0).epoch if validated else None
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """
+        Write the record as JSON; a number that is not finite becomes ``null``.
+
+        :param path: Where to write it too, or `None`.
+        :return: The JSON.
+        """
+        text = json.dumps(_finite(asdict(self)), indent=2, allow_nan=False)
+        if path is not None:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+        return text
+
+    @classmethod
+    def from_json(cls, text: str) -> History:
+        """
+        Read what :meth:`to_json` wrote.
+
+        :param text: The JSON.
+        :return: The record.
+        """
+        content = json.loads(text)
+        return cls(
+            epochs=[EpochRecord(**_numbers(entry, _LOSSES)) for entry in content["epochs"]],
+            selections=[
+                SelectionRecord(
+                    **{**entry, "chosen": tuple(entry["chosen"]), "measured": _criticality(entry["measured"])}
+                )
+                for entry in content["selections"]
+            ],
+        )
+
+    def plot_heat_map(self, ax: Axes | None = None) -> Axes:
+        """
+        Draw the criticality of every layer at every selection, the chosen ones marked.
+
+        Colours are on a logarithmic scale centred on 1 (a layer that passes weakness on unchanged); those of the head,
+        whose literal index is far larger, are cut at the largest of the other layers'.
+
+        :param ax: Where to draw, or `None` for a new figure, sized for the number of layers.
+        :return: The axes; layers from top to bottom, selections from left to right.
+        :raises ValueError: If no selection was made.
+        """
+        from matplotlib.colors import LogNorm
+
+        if not self.selections:
+            raise ValueError("There is no selection to draw: no epoch reached the second stage (see `warmup`).")
+        layers = self.selections[0].measured
+        names = [layer.name for layer in layers]
+        values = np.array([[layer.criticality for layer in s.measured] for s in self.selections], dtype=float).T
+        body = values[[not layer.is_head for layer in layers]]
+        shown = body[np.isfinite(body) & (body > 0)]
+        extreme = max(1.1, float(np.max(np.maximum(shown, 1 / shown)))) if shown.size else 1.1
+        ax = ax if ax is not None else new_axes(width=min(16, 4 + 0.6 * len(self.selections)), height=_height(names))
+        image = ax.imshow(
+            np.clip(values, 1 / extreme, extreme),
+            norm=LogNorm(1 / extreme, extreme),
+            cmap="RdBu_r",
+            aspect="auto",
+            interpolation="nearest",
+        )
+        rows = {name: row for row, name in enumerate(names)}
+        chosen = [(column, rows[name]) for column, s in enumerate(self.selections) for name in s.chosen]
+        size = float(np.clip(1500 / len(names), 6, 60))
+        columns, heights = zip(*chosen, strict=True)
+        ax.scatter(columns, heights, marker="o", s=size, facecolor="gold", edgecolor="black", linewidth=0.7)
+        label_layers(ax.yaxis, [layer.name + " (head)" * layer.is_head for layer in layers])
+        _label_epochs(ax, [s.epoch for s in self.selections])
+        ax.set_xlabel("selection before epoch")
+        ax.set_title("gold: fine-tuned", fontsize=10)
+        colorbar = ax.figure.colorbar(image, ax=ax, extend="max", label="criticality index $C_i$")
+        exponent = math.log2(extreme)
+        ticks = [2**step for step in np.linspace(-exponent, exponent, 5)]
+        colorbar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
+        colorbar.minorticks_off()
+        return ax
+
+    def plot_curves(self, ax: Axes | None = None) -> Axes:
+        """
+        Draw clean and robust accuracy over the epochs: validation as lines, training as thin lines.
+
+        :param ax: Where to draw, or `None` for a new figure. Dotted lines mark the selections.
+        :return: The axes.
+        :raises ValueError: If there is no epoch.
+        """
+        from matplotlib.ticker import MaxNLocator
+
+        if not self.epochs:
+            raise ValueError("There is no epoch to draw.")
+        ax = ax if ax is not None else new_axes(width=7, height=4)
+        epochs = [record.epoch for record in self.epochs]
+        for name, label, style in (
+            ("clean_accuracy", "validation, clean", {"color": "C0", "linewidth": 2.0}),
+            ("robust_accuracy", "validation, robust", {"color": "C3", "linewidth": 2.0}),
+            ("train_clean_accuracy", "training, clean", {"color": "C0", "linewidth": 0.8, "linestyle": "--"}),
+            ("train_robust_accuracy", "training, robust", {"color": "C3", "linewidth": 0.8, "linestyle": "--"}),
+        ):
+            values = [getattr(record, name) for record in self.epochs]
+            if any(value is not None for value in values):
+                curve = [math.nan if value is None else 100 * value for value in values]
+                ax.plot(epochs, curve, label=label, marker="." if len(epochs) < 30 else "", **cast(Any, style))
+        for selection in self.selections:
+            label = "layers chosen" if selection is self.selections[0] else ""
+            ax.axvline(selection.epoch - 0.5, color="grey", linewidth=0.8, linestyle=":", label=label)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.set_xlabel("epoch")
+        ax.set_ylabel("accuracy [%]")
+        ax.legend(fontsize=8)
+        return ax
+
+
+_MEASURES = ("weakness", "criticality", "relative_error", "relative_criticality")
+_LOSSES = ("loss", "cross_entropy", "criticality_loss", "learning_rate", "seconds")
+
+
+def _numbers(entry: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Read ``null`` as NaN where a number is always recorded."""
+    return {key: math.nan if value is None and key in names else value for key, value in entry.items()}
+
+
+def _criticality(entry: dict[str, Any]) -> Criticality:
+    layers = (
+        LayerCriticality(**{**_numbers(layer, _MEASURES), "shape": tuple(layer["shape"])}) for layer in entry["layers"]
+    )
+    return Criticality(**{**entry, "layers": tuple(layers)})
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _height(names: Sequence[str]) -> float:
+    return float(np.clip(0.2 * len(names) + 1.5, 3, 14))
+
+
+def _label_epochs(ax: Axes, epochs: Sequence[int]) -> None:
+    every = -(-len(epochs) // 12)
+    ax.set_xticks(range(0, len(epochs), every), [str(epoch) for epoch in epochs[::every]])

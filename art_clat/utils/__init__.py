@@ -1,0 +1,1 @@
+"""What every room needs: putting a model back as it was, processes, files, plots."""

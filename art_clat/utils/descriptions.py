@@ -1,0 +1,83 @@
+"""What a run or an evaluation works with, as text that reads the same in another process."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    pass
+
+
+def fingerprint(*tensors: torch.Tensor) -> str:
+    """
+    Give a short text that is the same for the same data only.
+
+    :param tensors: The data, on the CPU.
+    :return: 16 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        hash_tensor(digest, tensor)
+    return digest.hexdigest()[:16]
+
+
+def check_description(there: Mapping[str, object], here: Mapping[str, object], folder: Path) -> None:
+    """
+    Refuse a folder that another run has saved itself in.
+
+    :param there: The description of the run in the folder.
+    :param here: The description of this run.
+    :param folder: The folder, for the message.
+    :raises ValueError: If they differ; the message says in what.
+    """
+    names = [*there, *(name for name in here if name not in there)]
+    different = [
+        f"{name} is {there.get(name)} there, {here.get(name)} here"
+        for name in names
+        if there.get(name) != here.get(name)
+    ]
+    if different:
+        more = f"; and {len(different) - 5} more" if len(different) > 5 else ""
+        raise ValueError(
+            f"`checkpoint`: {folder} holds another run: {'; '.join(different[:5])}{more}. Use another "
+            "folder, or the same arguments, model and data."
+        )
+
+
+def hash_tensor(digest: hashlib._Hash, tensor: torch.Tensor) -> None:
+    digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def settings_of(thing: object, values: Mapping[str, object]) -> dict[str, object]:
+    """Describe an object by its class and its public settings; of settings that are objects, the class alone."""
+
+    def text(value: object) -> str:
+        if isinstance(value, (list, tuple)):
+            return f"[{', '.join(map(text, value))}]"
+        plain = value is None or isinstance(value, (bool, int, float, str, dict, np.ndarray, np.generic))
+        return text_of(value) if plain else type(value).__name__
+
+    public = {name: text(value) for name, value in values.items() if not name.startswith("_") and name != "training"}
+    return {"class": type(thing).__name__, **public}
+
+
+def text_of(value: object) -> str:
+    """
+    Write a setting so that it reads the same in another process.
+
+    :param value: The setting.
+    :return: Its ``repr`` without the addresses of objects; for one that has none of its own, its public settings.
+    """
+    if type(value).__repr__ is object.__repr__ and hasattr(value, "__dict__"):
+        return repr(settings_of(value, vars(value)))
+    if isinstance(value, np.ndarray) and value.ndim:
+        return f"array {fingerprint(torch.as_tensor(value))}"
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value.item() if isinstance(value, (np.generic, np.ndarray)) else value))
