@@ -194,12 +194,22 @@ def _npz(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     return x, y.astype(np.int64)
 
 
+def load_digits() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """
+    Load scikit-learn's handwritten digits.
+
+    :return: 1,797 images in [0, 1], shape (n, 1, 8, 8), and their labels, in scikit-learn's order.
+    """
+    from sklearn import datasets
+
+    digits = datasets.load_digits()
+    return (digits.images[:, None] / 16).astype(np.float32), digits.target
+
+
 def _digits() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    digits = load_digits()  # split as in examples/quickstart.py: 1,200 to train, 200 to validate, these to test
-    x, y = (digits.images[:, None] / 16).astype(np.float32), digits.target
+    x, y = load_digits()  # split as in examples/quickstart.py: 1,200 to train, 200 to validate, these to test
     _, x, _, y = train_test_split(x, y, train_size=1200, stratify=y, random_state=0)
     _, x, _, y = train_test_split(x, y, train_size=200, stratify=y, random_state=0)
     return x, y
