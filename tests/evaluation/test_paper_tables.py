@@ -175,14 +175,14 @@ class TestRuns:
         assert [file.stat().st_mtime_ns for file in files] == before
 
     def test_another_configuration_is_refused(self, done):
-        bench = make_bench(done.results.parents[2], lr=0.06)
+        bench = make_bench(done.results.parents[1], lr=0.06)
         for action in (lambda: paper_tables.run_all(bench, ARMS, [0, 1]), lambda: paper_tables.aggregate(bench)):
             with pytest.raises(SystemExit, match="another configuration"):
                 action()
 
     def test_nothing_is_gone_on_with_that_another_configuration_began(self, done):
-        assert make_bench(done.results.parents[2]).work == done.work
-        assert make_bench(done.results.parents[2], batch_size=16).work != done.work
+        assert make_bench(done.results.parents[1]).work == done.work
+        assert make_bench(done.results.parents[1], batch_size=16).work != done.work
         one, other = ({**done.config["arms"]["pgd_at"], "reselect_every": n} for n in (1, 2))
         assert done.fingerprint(one) != done.fingerprint(other)
 

@@ -273,7 +273,7 @@ class TestCommand:
             [sys.executable, str(self.SCRIPT), *map(str, arguments)],
             capture_output=True,
             text=True,
-            cwd=self.SCRIPT.parents[2] / "tests",
+            cwd=self.SCRIPT.parents[1] / "tests",
             timeout=300,
         )
 
