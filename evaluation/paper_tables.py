@@ -50,6 +50,9 @@ except ModuleNotFoundError:  # Python 3.10
 HERE = Path(__file__).parent
 log = logging.getLogger("paper_tables")
 
+#: Options of the trainer's ``layers=`` that arms name directly.
+LAYER_OPTIONS = ("granularity", "predecessor", "after_norm", "freeze_norms", "head_eligible")
+
 AUGMENTATIONS = {
     "none": None,
     "flip": v2.RandomHorizontalFlip(),
@@ -145,16 +148,18 @@ def make_trainer(model, preset, *, lr, device, seed, **arguments):
         num_random_init=1,
         verbose=False,
     )
+    # What an arm does not say is said here, whatever the package's defaults become.
+    said = {"objective": "adversarial", "freeze_norms": False, **arguments}
+    layers = {name: said.pop(name) for name in LAYER_OPTIONS if name in said}
     return AdversarialTrainerCLATPyTorch(
         classifier,
         attack,
         seed=seed,
-        selection_samples=preset["selection_samples"],
+        selection=SelectionOptions(said.pop("selection", "criticality"), preset["selection_samples"]),
+        layers=LayerOptions(**layers),
         augmentation=AUGMENTATIONS[preset.get("augmentation", "none")],
-        channels_last=preset.get("channels_last", False),
-        amp=preset.get("amp", False),
-        # What an arm does not say is said here, whatever the package's defaults become.
-        **{"objective": "adversarial", "freeze_norms": False, **arguments},
+        performance=PerformanceOptions(amp=preset.get("amp", False), channels_last=preset.get("channels_last", False)),
+        **said,
     )
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from art_clat.layers.groups import Granularity, Group, find_groups, outermost
+from art_clat.config import Granularity
+from art_clat.layers.groups import Group, find_groups, outermost
 from art_clat.layers.kinds import is_norm, weighted_modules
 from art_clat.layers.layer import Layer, Site
 from art_clat.layers.weight_uses import ELEMENTWISE, PRODUCTS, WeightUses, tensors_in

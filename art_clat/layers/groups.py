@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from timm.models import group_parameters
 from torch import nn
 
-#: ``"layer"``, ``"block"``, or names of modules and regular expressions.
-Granularity = str | Sequence[str]
+from art_clat.config import Granularity
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,24 +40,13 @@ def find_groups(model: nn.Module, granularity: Granularity) -> list[Group] | Non
     :param granularity: ``"block"`` for timm's grouping, or names of modules and regular expressions that match whole
            names. Each module that matches is a layer. ``"layer"`` groups nothing.
     :return: The groups, each with a parameter; `None` for ``"layer"``.
-    :raises TypeError: If `granularity` is no string and no sequence of strings.
     :raises ValueError: If timm has no grouping for the network, or a name or expression is unusable: it matches
             nothing, no module with parameters, or a module within another that matches.
     """
-    if isinstance(granularity, str):
-        if granularity == "layer":
-            return None
-        if granularity == "block":
-            return _blocks(model)
-        raise ValueError(
-            "`granularity` must be 'layer', 'block' or a list of module names and regular expressions, "
-            f"got {granularity!r}; the list for one module is [{granularity!r}]."
-        )
-    if not isinstance(granularity, Sequence) or not all(isinstance(entry, str) for entry in granularity):
-        raise TypeError(
-            "`granularity` must be 'layer', 'block' or a list of module names and regular expressions, "
-            f"got {granularity!r}."
-        )
+    if granularity == "layer":
+        return None
+    if granularity == "block":
+        return _blocks(model)
     return _matching(model, granularity)
 
 

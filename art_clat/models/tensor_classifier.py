@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,11 +14,11 @@ from art.preprocessing.standardisation_mean_std.pytorch import StandardisationMe
 from art.preprocessing.standardisation_mean_std.utils import broadcastable_mean_std
 from torch import nn
 
+from art_clat.config import LayerOptions, PerformanceOptions
 from art_clat.layers.batch_norm import BatchNorms, Factors
 from art_clat.layers.discovery import find_layers
 from art_clat.layers.features import tell_samples_apart
 from art_clat.layers.freezing import only_trainable
-from art_clat.layers.groups import Granularity
 from art_clat.layers.layer import Layer
 from art_clat.utils.modes import evaluation_mode
 from art_clat.utils.processes import Ranks
@@ -24,45 +26,52 @@ from art_clat.utils.processes import Ranks
 
 class TensorClassifier:
     """
-    A view of an ART classifier in which inputs, labels, logits and losses are tensors on its device.
+    An ART classifier as functions of tensors: inputs, labels, logits and losses on its device.
 
-    :param classifier: Any ``PyTorchClassifier``, its Hugging Face subclass included.
+    :param estimator: Any ``PyTorchClassifier``, its Hugging Face subclass included.
+    :param performance: How the forward passes are computed.
+    :param ranks: The processes that share the batches. BatchNorms in training take their statistics over all of them.
     """
 
-    def __init__(self, classifier: PyTorchClassifier) -> None:
-        self.classifier = classifier
-        self.model: nn.Module = classifier.model
-        self.device = torch.device(classifier.device)
-        self.nb_classes = int(classifier.nb_classes)
-        #: The processes that train it.
-        self.ranks = Ranks()
-        self._sharing = Ranks()  # those that share the batch of a forward pass
+    def __init__(
+        self,
+        estimator: PyTorchClassifier,
+        performance: PerformanceOptions = PerformanceOptions(),
+        ranks: Ranks = Ranks(),
+    ) -> None:
+        self.estimator = estimator
+        self.performance = performance
+        self.ranks = ranks
+        self.model: nn.Module = estimator.model
+        self.device = torch.device(estimator.device)
+        self.nb_classes = int(estimator.nb_classes)
         self._factors: Factors | None = None
         # Also those of other classes that come down to torch's function.
         self._has_norms = any(hasattr(module, "running_mean") for module in self.model.modules())
         #: Whether an input gradient flows through the preprocessing.
-        self.is_differentiable = bool(classifier.all_framework_preprocessing)
-        clip = classifier.clip_values
+        self.is_differentiable = bool(estimator.all_framework_preprocessing)
+        clip = estimator.clip_values
         self.clip_values = (
             None
             if clip is None
             else tuple(torch.as_tensor(np.asarray(c, np.float32), device=self.device) for c in clip)
         )
         # ART's own wrapper of a plain network would keep every intermediate result of an `nn.Sequential`.
-        is_plain = type(classifier._model).__module__ == PyTorchClassifier.__module__
-        self._wrapped: nn.Module = classifier._model
+        is_plain = type(estimator._model).__module__ == PyTorchClassifier.__module__
+        self._wrapped: nn.Module = estimator._model
         self._run: Callable[[torch.Tensor], torch.Tensor] = self.model if is_plain else lambda x: self._wrapped(x)[-1]
-        self._compiled: Callable[[torch.Tensor], torch.Tensor] | None = None
-        self._amp = False
+        self._compiled: Callable[[torch.Tensor], torch.Tensor] | None = (
+            torch.compile(self._run, dynamic=False) if performance.compile else None
+        )
         # Whether the loss takes index labels, which ART would make of one-hot ones, waiting for the device.
         indices = torch.arange(self.nb_classes, device=self.device)
-        reduced = classifier.reduce_labels(self.one_hot(indices))
+        reduced = estimator.reduce_labels(self.one_hot(indices))
         self._takes_indices = reduced.dtype == indices.dtype and torch.equal(reduced, indices)
         self._standardisations: dict[tuple[bytes, bytes], list[torch.Tensor]] = {}
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """
-        Give the network's output, through the preprocessing that ART applies at prediction.
+        Compute the network's output, through the preprocessing that ART applies at prediction.
 
         :param x: Inputs as the user gives them, shape (batch, *input_shape).
         :return: Shape (batch, nb_classes).
@@ -72,7 +81,7 @@ class TensorClassifier:
 
     def loss(self, x: torch.Tensor, y: torch.Tensor, *, fit: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Give the classifier's own loss, and the logits it was computed from.
+        Compute the classifier's own loss, and the logits it was computed from.
 
         :param x: Inputs, shape (batch, *input_shape).
         :param y: Index labels, shape (batch,), or class probabilities, shape (batch, nb_classes).
@@ -83,14 +92,14 @@ class TensorClassifier:
             x, labels = self._preprocess(x, None, fit=fit)[0], self._labels(y)
         else:
             x, y = self._preprocess(x, self.one_hot(y), fit=fit)
-            labels = self.classifier.reduce_labels(y)
+            labels = self.estimator.reduce_labels(y)
         logits = self._forward(x)
-        loss: torch.Tensor = self.classifier.loss(logits, labels)
+        loss: torch.Tensor = self.estimator.loss(logits, labels)
         return loss, logits
 
     def loss_on(self, y: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         """
-        Give the classifier's own loss as a function of the inputs only, for an attack on the network's output.
+        Return the classifier's own loss as a function of the inputs only, for an attack on the network's output.
 
         :param y: Labels, as in :meth:`loss`.
         :return: A function of inputs of shape (batch, *input_shape); it prepares the labels once, not at every call.
@@ -101,31 +110,28 @@ class TensorClassifier:
 
         def loss(x: torch.Tensor) -> torch.Tensor:
             x, _ = self._preprocess(x, None, fit=False)
-            value: torch.Tensor = self.classifier.loss(self._forward(x, whole=True), labels)
+            value: torch.Tensor = self.estimator.loss(self._forward(x, whole=True), labels)
             return value
 
         return loss
 
     def one_hot(self, y: torch.Tensor) -> torch.Tensor:
         """
-        Give labels as ART's own methods expect them.
+        Return labels as ART's own methods expect them.
 
         :param y: Index labels, shape (batch,), or class probabilities, shape (batch, nb_classes).
         :return: Shape (batch, nb_classes), float32.
         """
         return y if y.ndim == 2 else nn.functional.one_hot(y, self.nb_classes).float()
 
-    def find_layers(
-        self, x: torch.Tensor, *, after_norm: bool = False, granularity: Granularity = "layer"
-    ) -> list[Layer]:
+    def find_layers(self, x: torch.Tensor, options: LayerOptions = LayerOptions()) -> list[Layer]:
         """
         Find the network's layers in execution order.
 
         :param x: At least one input, shape (batch, *input_shape).
-        :param after_norm: Take features after a layer's norm.
-        :param granularity: What counts as one layer.
-        :return: See :func:`art_clat.layers.discovery.find_layers`.
-        :raises ValueError: If the network is compiled, or recomputes activations.
+        :param options: What counts as one layer.
+        :return: The layers; with ``freeze_norms`` without their norms.
+        :raises ValueError: If the network is compiled or recomputes activations, or the granularity does not fit it.
         """
         for name, module in self.model.named_modules():
             if isinstance(getattr(module, "_orig_mod", None), nn.Module):
@@ -143,50 +149,33 @@ class TensorClassifier:
             layers = find_layers(
                 self.model,
                 lambda size: self.logits(one.expand(size, *one.shape[1:])),
-                after_norm=after_norm,
-                granularity=granularity,
+                after_norm=options.after_norm,
+                granularity=options.granularity,
             )
-            return tell_samples_apart(layers, self.logits, one)
+            layers = tell_samples_apart(layers, self.logits, one)
+        if options.freeze_norms:
+            layers = [replace(layer, modules=layer.modules[:1]) for layer in layers]
+        return layers
 
-    @contextmanager
-    def accelerated(self, *, amp: bool, compile: bool, channels_last: bool) -> Iterator[None]:
+    def in_float32(self) -> TensorClassifier:
         """
-        Run the network faster in this context, with other rounding.
+        Return this classifier without mixed precision.
 
-        :param amp: Compute what autocast lets compute in bfloat16 in it; logits come out in float32.
-        :param compile: Run the whole-network passes of attacks through ``torch.compile``.
-        :param channels_last: Store images and convolution weights with their channels last; on leaving they are stored
-               as before.
+        :return: The same network; the same object where nothing changes.
         """
-        formats = [(p, p.stride()) for p in self.model.parameters() if p.ndim == 4] if channels_last else []
-        state = {} if self.classifier.optimizer is None else self.classifier.optimizer.state
-        try:
-            self._amp = amp
-            self._compiled = torch.compile(self._run, dynamic=False) if compile else None
-            for parameter, _ in formats:
-                _restride(parameter, state, torch.empty_like(parameter, memory_format=torch.channels_last).stride())
-            yield
-        finally:
-            self._amp, self._compiled = False, None
-            for parameter, stride in formats:
-                _restride(parameter, state, stride)
-
-    @contextmanager
-    def in_float32(self) -> Iterator[None]:
-        """Switch mixed precision off in this context."""
-        amp, self._amp = self._amp, False
-        try:
-            yield
-        finally:
-            self._amp = amp
+        if not self.performance.amp:
+            return self
+        other = copy.copy(self)
+        other.performance = replace(self.performance, amp=False)
+        return other
 
     def _forward(self, x: torch.Tensor, *, whole: bool = False) -> torch.Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._amp):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.performance.amp):
             if whole and self._compiled is not None:
                 return self._compiled(x).float()
-            with BatchNorms(self._sharing, self._factors) if self._has_norms else nullcontext():
+            with BatchNorms(self.ranks, self._factors) if self._has_norms else nullcontext():
                 output = self._run(x)
-        return output.float() if self._amp else output
+        return output.float() if self.performance.amp else output
 
     @contextmanager
     def attacked(self) -> Iterator[None]:
@@ -198,30 +187,21 @@ class TensorClassifier:
             finally:
                 self._factors = None
 
-    @contextmanager
-    def shared(self) -> Iterator[None]:
-        """Take BatchNorm statistics over the processes in this context, whose forward passes all of them make."""
-        self._sharing = self.ranks
-        try:
-            yield
-        finally:
-            self._sharing = Ranks()
-
     def _labels(self, y: torch.Tensor) -> torch.Tensor:
-        """Give labels as the loss takes them."""
+        """Return labels as the loss takes them."""
         if y.ndim == 1 and self._takes_indices:
             return y
-        labels: torch.Tensor = self.classifier.reduce_labels(self.one_hot(y))
+        labels: torch.Tensor = self.estimator.reduce_labels(self.one_hot(y))
         return labels
 
     def _only_standardises(self) -> bool:
-        operations = self.classifier.preprocessing_operations
+        operations = self.estimator.preprocessing_operations
         return all(isinstance(operation, StandardisationMeanStdPyTorch) for operation in operations)
 
     def _standardise(self, x: torch.Tensor, *, fit: bool) -> torch.Tensor:
         """Do what ART's standardisation does, with its constants on the device; never in place."""
         standard = x
-        for operation in self.classifier.preprocessing_operations:
+        for operation in self.estimator.preprocessing_operations:
             applied = operation.apply_fit if fit else operation.apply_predict
             if not applied or (np.all(operation.mean == 0) and np.all(operation.std == 1)):
                 continue  # by 0 and 1 where nobody asked for one
@@ -239,11 +219,30 @@ class TensorClassifier:
         if self._only_standardises():
             return self._standardise(x, fit=fit), y  # type: ignore[return-value]
         if self.is_differentiable:
-            return self.classifier._apply_preprocessing(x, y, fit=fit, no_grad=False)  # type: ignore[no-any-return]
+            return self.estimator._apply_preprocessing(x, y, fit=fit, no_grad=False)  # type: ignore[no-any-return]
         y_array = None if y is None else y.cpu().numpy()
-        arrays = self.classifier._apply_preprocessing(x.detach().cpu().numpy(), y_array, fit=fit)
+        arrays = self.estimator._apply_preprocessing(x.detach().cpu().numpy(), y_array, fit=fit)
         x, y = (None if a is None else torch.as_tensor(a, device=self.device) for a in arrays)  # type: ignore[assignment]
         return x.float(), y  # type: ignore[return-value]
+
+
+@contextmanager
+def channels_last(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
+    """
+    Store convolution weights and their momentum with channels last in this context, and as before on leaving.
+
+    :param model: The network.
+    :param optimizer: Its optimiser, or `None`.
+    """
+    state = {} if optimizer is None else optimizer.state
+    strides = [(p, p.stride()) for p in model.parameters() if p.ndim == 4]
+    try:
+        for parameter, _ in strides:
+            _restride(parameter, state, torch.empty_like(parameter, memory_format=torch.channels_last).stride())
+        yield
+    finally:
+        for parameter, stride in strides:
+            _restride(parameter, state, stride)
 
 
 def _restride(

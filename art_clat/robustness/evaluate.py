@@ -16,7 +16,7 @@ import torch
 from art.estimators.classification import PyTorchClassifier
 from torch import nn
 
-from art_clat.attacks.ascent import Ascent, in_chunks
+from art_clat.attacks.ascent import Ascent, Loss, climb_in_chunks
 from art_clat.attacks.balls import L1Ball, L2Ball, LinfBall
 from art_clat.layers.freezing import only_trainable
 from art_clat.models.checks import check_labels
@@ -33,10 +33,11 @@ from art_clat.robustness.checks import (
     doubts_of_randomness,
 )
 from art_clat.robustness.runner import Evaluation, Folder, Outcome
+from art_clat.utils.batch import Batch
 from art_clat.utils.checks import check_seed, check_whole
 from art_clat.utils.descriptions import fingerprint, text_of
 from art_clat.utils.modes import evaluation_mode
-from art_clat.utils.processes import Part, Ranks
+from art_clat.utils.processes import Ranks
 from art_clat.utils.randomness import own_randomness, reseed
 from art_clat.utils.weights import weights
 
@@ -64,7 +65,7 @@ class _Logits(nn.Module):
 
     def __init__(self, network: TensorClassifier) -> None:
         super().__init__()
-        self.wrapped = network.classifier._model
+        self.wrapped = network.estimator._model
         self._network = [network]  # not a submodule
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -341,15 +342,16 @@ def _pgd(
     ball = NORMS[norm][1](torch.tensor(eps, device=device), bounds)
     ascent = Ascent(ball=ball, step=torch.tensor(step, device=device), nb_steps=nb_steps, random_start=True)
 
-    def climb(x: torch.Tensor, y: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-        return ascent(lambda z: nn.functional.cross_entropy(model(z), y, reduction="sum"), x, start)
+    def loss_on(batch: Batch) -> Loss:
+        return lambda z: nn.functional.cross_entropy(model(z), batch.y, reduction="sum")
 
     def attack(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         back, x, y = x.device, x.to(device), y.to(device)
         x_adv, left = x.clone(), torch.arange(len(x), device=device)
         for _ in range(nb_restarts):
             if len(left):
-                x_adv[left] = in_chunks(climb, x[left], y[left], ascent.start(x[left], Part(len(left))))
+                batch = Batch.whole(x[left], y[left])
+                x_adv[left] = climb_in_chunks(ascent, loss_on, batch, ascent.start(batch.x, batch.part))
                 left = left[model(x_adv[left]).argmax(dim=1) == y[left]]
         return x_adv.to(back)
 

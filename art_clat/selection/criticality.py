@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,16 +13,15 @@ import torch
 from art.attacks import EvasionAttack
 from art.estimators.classification import PyTorchClassifier
 
-from art_clat.attacks.ascent import in_chunks
 from art_clat.attacks.tensor_attack import TensorAttack
+from art_clat.config import Granularity, LayerOptions
 from art_clat.layers.features import Features
-from art_clat.layers.groups import Granularity
 from art_clat.layers.layer import Layer
 from art_clat.models.checks import check_attack, check_classifier, check_data
 from art_clat.models.tensor_classifier import TensorClassifier
+from art_clat.utils.batch import Batch
 from art_clat.utils.checks import check_seed, check_whole
 from art_clat.utils.modes import evaluation_mode
-from art_clat.utils.processes import Part
 from art_clat.utils.randomness import own_randomness
 
 if TYPE_CHECKING:
@@ -117,28 +116,6 @@ class Criticality(Sequence[LayerCriticality]):
         return ax
 
 
-#: What ``F_{i−1}`` is, see :func:`measure_criticality`.
-PREDECESSORS = ("execution", "input")
-
-
-def check_layers_wanted(granularity: Granularity, predecessor: str, *, after_norm: bool) -> None:
-    """
-    Check the arguments that say what layers are and what comes before each.
-
-    :param granularity: As in :func:`measure_criticality`, like the others.
-    :param predecessor: The predecessor.
-    :param after_norm: Whether features are those after the norm.
-    :raises ValueError: If one has no such value, or the two do not go together.
-    """
-    if predecessor not in PREDECESSORS:
-        raise ValueError(f"`predecessor` must be one of {', '.join(map(repr, PREDECESSORS))}, got {predecessor!r}.")
-    if after_norm and granularity != "layer":
-        raise ValueError(
-            f"`after_norm` asks for `granularity='layer'`, got {granularity!r}: the feature of a block or module is "
-            "what it returns."
-        )
-
-
 def measure_criticality(
     classifier: PyTorchClassifier,
     x: npt.NDArray[np.floating],
@@ -146,24 +123,20 @@ def measure_criticality(
     *,
     attack: EvasionAttack,
     batch_size: int = 128,
-    after_norm: bool = False,
-    granularity: Granularity = "layer",
-    predecessor: str = "execution",
+    layers: LayerOptions | Granularity = "layer",
     seed: int = 0,
 ) -> Criticality:
     """
     Measure the ε-weakness and the criticality index of every layer.
 
-    One untargeted attack on the network's output gives one perturbation a sample; one clean and one perturbed forward
+    One untargeted attack on the network's output makes one perturbation a sample; one clean and one perturbed forward
     pass then give the weakness of every layer at once (arXiv 2408.10204, eq. 2 and 3). The supremum of eq. 2 is
     approximated by that one perturbation, as in the paper. The network runs in evaluation mode and comes back as it
     was, the global random generators included.
 
-    A layer is a weighted leaf module with the norm on its output, unless `granularity` says otherwise. Layers come in
-    execution order, and ``F_{i−1}`` is the layer that ran before, unless `predecessor` says otherwise. ``F_0`` is the
-    input as the classifier takes it. A feature is what the weighted module returns, whatever activation runs in place
-    on it afterwards, or what its norm returns with `after_norm`. Where other modules use a weight without calling its
-    module, the feature is what the function returns that takes it.
+    Layers come in execution order. ``F_0`` is the input as the classifier takes it. A feature is what the weighted
+    module returns, whatever activation runs in place on it afterwards. If other modules use a weight without calling
+    its module, the feature is what the function returns that takes it.
 
     Example::
 
@@ -178,19 +151,13 @@ def measure_criticality(
     :param batch_size: Samples in one forward pass; the result does not depend on it but for the order of sums (and
            the attack's random start), unless the network itself does: a BatchNorm without running statistics normalises
            by what is in the pass, clean and perturbed together.
-    :param after_norm: Take the features of layers that have a norm after it. A convolution's scale before a BatchNorm
-           is arbitrary, and so is its weakness there; after the norm it is the scale the norm has learned.
-    :param granularity: ``"layer"``: weighted leaf modules. ``"block"``: timm's own grouping of a network's parameters,
-           ``group_matcher``. Or a list of module names and regular expressions that match whole names: each module that
-           matches is a layer. The feature of a block or module is the first tensor it returns.
-    :param predecessor: ``"execution"``: ``F_{i−1}`` is the feature of the layer that ran before, as in the paper.
-           ``"input"``: it is the tensor that enters the layer, of several the first; in a network that is no chain the
-           two differ.
+    :param layers: What counts as one layer: ``"layer"``, ``"block"``, a list of module names and regular expressions,
+           or :class:`art_clat.LayerOptions`.
     :param seed: Seed of the attack's random start.
     :return: One entry a layer, in execution order.
     :raises TypeError: If `classifier` is not a ``PyTorchClassifier`` or `attack` not an evasion attack.
     :raises ValueError: If the attack is targeted or bound to another classifier, the data are unusable, the network
-            has no weighted layer, `granularity` or `predecessor` do not fit, or the attack moved no input.
+            has no weighted layer, `layers` do not fit it, or the attack moved no input.
     """
     check_classifier(classifier, needs_optimizer=False)
     check_attack(attack, classifier, argument="attack")
@@ -198,19 +165,20 @@ def measure_criticality(
     inputs, labels = check_data(classifier, x, labels_or_any, argument="x", label_argument="y")
     check_whole(batch_size, 1, argument="batch_size")
     check_seed(seed)
-    check_layers_wanted(granularity, predecessor, after_norm=after_norm)
-    network = TensorClassifier(classifier)
-    with own_randomness(seed, network.device), evaluation_mode(classifier._model):
-        layers = network.find_layers(inputs, after_norm=after_norm, granularity=granularity)
-        parts = labels.split(batch_size) if y is not None else [None] * -(-len(inputs) // batch_size)
-        batches = [(x, y, Part(len(x))) for x, y in zip(inputs.split(batch_size), parts, strict=True)]
-        return measure(network, layers, batches, TensorAttack(attack, network), predecessor=predecessor)
+    options = LayerOptions.of(layers)
+    tensors = TensorClassifier(classifier)
+    with own_randomness(seed, tensors.device), evaluation_mode(classifier._model):
+        found = tensors.find_layers(inputs, replace(options, freeze_norms=None))
+        batches = [Batch.whole(*pair) for pair in zip(inputs.split(batch_size), labels.split(batch_size), strict=True)]
+        if y is None:
+            batches = [_with_predictions(tensors, batch) for batch in batches]
+        return measure(tensors, found, batches, TensorAttack(attack, tensors), predecessor=options.predecessor)
 
 
 def measure(
-    network: TensorClassifier,
+    classifier: TensorClassifier,
     layers: Sequence[Layer],
-    batches: Sequence[tuple[torch.Tensor, torch.Tensor | None, Part]],
+    batches: Sequence[Batch],
     attack: TensorAttack,
     *,
     predecessor: str = "execution",
@@ -218,59 +186,33 @@ def measure(
     """
     Measure layers on batches that are already tensors; the core of :func:`measure_criticality`.
 
-    :param network: The network.
+    :param classifier: The classifier.
     :param layers: Its layers in execution order.
-    :param batches: Inputs, labels or `None` for the network's own predictions, and which of a whole batch they are.
-    :param attack: The output attack that gives δ.
-    :param predecessor: As in :func:`measure_criticality`.
+    :param batches: The samples; some may be empty here if several processes share them.
+    :param attack: The output attack that makes δ.
+    :param predecessor: As in :class:`art_clat.LayerOptions`.
     :return: One entry a layer; on several processes the same in all, over the batches of all.
     :raises ValueError: If the attack moved no input.
     """
     from_inputs = predecessor == "input"
-    features = Features(layers, inputs=from_inputs, lengths=True)
-    count = len(layers)
-    # Of every layer, and of what enters each if that is wanted, absolute and relative; of the network's input, absolute
-    # and relative; and the number of samples.
-    sums = torch.zeros((4 if from_inputs else 2) * count + 3, dtype=torch.float64, device=network.device)
-
-    def distances(x: torch.Tensor, x_adv: torch.Tensor) -> torch.Tensor:
-        with features.compare_halves(stop=True):
-            network.logits(torch.cat([x, x_adv]))
-        return torch.stack(
-            [
-                *(features.distance(layer) for layer in layers),
-                *(features.relative_distance(layer) for layer in layers),
-                *(features.input_distance(layer) for layer in layers if from_inputs),
-                *(features.input_distance(layer, relative=True) for layer in layers if from_inputs),
-                moved := (x_adv - x).flatten(1).norm(dim=1),
-                moved / x.flatten(1).norm(dim=1).clamp(min=torch.finfo(x.dtype).tiny),
-                torch.ones(len(x), device=x.device),
-            ],
-            dim=1,
-        )
-
-    with evaluation_mode(network.classifier._model):
-        for x, y, part in batches:
-            if len(x) == 0:
-                continue
-            x = x.to(network.device)
-            with torch.no_grad():
-                y = network.logits(x).argmax(dim=1) if y is None else y.to(network.device)
-            x_adv = attack(x, y, part)
-            with torch.no_grad():
-                sums += in_chunks(distances, x, x_adv, copies=2).double().sum(dim=0)
-    *totals, input_sum, relative_sum, nb_samples = network.ranks.first(network.ranks.sum(sums)).tolist()
-    if input_sum == 0:
+    features, count = Features(layers, inputs=from_inputs, lengths=True), len(layers)
+    sums = torch.zeros((4 if from_inputs else 2) * count + 3, dtype=torch.float64, device=classifier.device)
+    with evaluation_mode(classifier.estimator._model):
+        for batch in (batch.to(classifier.device) for batch in batches if len(batch)):
+            x_adv = attack(batch)
+            sums += _distances(classifier, features, batch, x_adv, from_inputs=from_inputs).double().sum(dim=0)
+    *totals, moved, moved_relatively, nb_samples = classifier.ranks.first(classifier.ranks.sum(sums)).tolist()
+    if moved == 0:
         raise ValueError(
             "The attack moved no input, so that every weakness is zero: it failed on every sample, or its `eps` or "
             "`max_iter` is zero."
         )
-    input_weakness = input_sum / nb_samples / math.prod(network.classifier.input_shape)
     absolute, error, *entering = (
         [total / nb_samples for total in totals[first : first + count]] for first in range(0, len(totals), count)
     )
+    input_weakness = moved / nb_samples / math.prod(classifier.estimator.input_shape)
     weakness = [value / layer.size for value, layer in zip(absolute, layers, strict=True)]
-    before, error_before = [input_weakness, *weakness[:-1]], [relative_sum / nb_samples, *error[:-1]]
+    before, error_before = [input_weakness, *weakness[:-1]], [moved_relatively / nb_samples, *error[:-1]]
     if from_inputs:
         sizes = [1 if layer.input is None else layer.input.size for layer in layers]
         before = [value / size for value, size in zip(entering[0], sizes, strict=True)]
@@ -280,9 +222,9 @@ def measure(
             LayerCriticality(
                 name=layer.name,
                 weakness=weakness[i],
-                criticality=weakness[i] / before[i] if before[i] > 0 else math.nan,
+                criticality=_ratio(weakness[i], before[i]),
                 relative_error=error[i],
-                relative_criticality=error[i] / error_before[i] if error_before[i] > 0 else math.nan,
+                relative_criticality=_ratio(error[i], error_before[i]),
                 nb_parameters=layer.nb_parameters,
                 shape=layer.shape,
                 is_head=layer.is_head,
@@ -292,3 +234,38 @@ def measure(
         input_weakness=input_weakness,
         nb_samples=int(nb_samples),
     )
+
+
+@torch.no_grad()
+def _distances(
+    classifier: TensorClassifier, features: Features, batch: Batch, x_adv: torch.Tensor, *, from_inputs: bool
+) -> torch.Tensor:
+    """Return a row a sample: distances of all layers, relative ones, of what enters them, of the inputs; and one."""
+    layers, rows = features.layers, []
+    chunks = batch.chunks(copies=2)
+    for chunk, perturbed in zip(chunks, x_adv.split([len(chunk) for chunk in chunks]), strict=True):
+        with features.compare_halves(stop=True):
+            classifier.logits(torch.cat([chunk.x, perturbed]))
+        moved = (perturbed - chunk.x).flatten(1).norm(dim=1)
+        length = chunk.x.flatten(1).norm(dim=1).clamp(min=torch.finfo(chunk.x.dtype).tiny)
+        columns = [
+            *(features.distance(layer) for layer in layers),
+            *(features.relative_distance(layer) for layer in layers),
+            *(features.input_distance(layer) for layer in layers if from_inputs),
+            *(features.input_distance(layer, relative=True) for layer in layers if from_inputs),
+            *(moved, moved / length, torch.ones_like(moved)),
+        ]
+        rows.append(torch.stack(columns, dim=1))
+    return torch.cat(rows)
+
+
+def _ratio(value: float, before: float) -> float:
+    """Divide, with NaN where nothing came before."""
+    return value / before if before > 0 else math.nan
+
+
+def _with_predictions(classifier: TensorClassifier, batch: Batch) -> Batch:
+    """Put the network's own predictions in place of the labels."""
+    with torch.no_grad():
+        predictions = classifier.logits(batch.x.to(classifier.device)).argmax(dim=1)
+    return replace(batch, y=predictions)

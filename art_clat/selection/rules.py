@@ -1,4 +1,4 @@
-"""Which layers to fine-tune: rules that score layers, criticality and its rivals."""
+"""Rules that score layers: criticality (eq. 3), its rivals, and the controls."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from art_clat.layers.layer import Layer
-from art_clat.selection.budget import Budget
+from art_clat.config import RuleLike
 from art_clat.selection.candidates import Candidates
+from art_clat.selection.choice import check_names
+from art_clat.utils.checks import check_choice
 
-#: Scores the layers, one number each, in their order. The eligible layers with the highest are chosen, as many as the
-#: budget allows; those with infinity whatever the budget, those with NaN or minus infinity never.
+#: Returns one score a layer, in their order. The eligible layers with the highest are chosen, as many as the budget
+#: pays for; those with infinity whatever the budget, those with NaN or minus infinity never.
 SelectionRule = Callable[[Candidates], Sequence[float]]
 
-
-_RULES: dict[str, SelectionRule] = {}
+#: The rules by name.
+SELECTION_RULES: dict[str, SelectionRule] = {}
 
 
 def register_selection_rule(name: str) -> Callable[[SelectionRule], SelectionRule]:
@@ -32,124 +33,43 @@ def register_selection_rule(name: str) -> Callable[[SelectionRule], SelectionRul
             return [-layer.nb_parameters for layer in candidates.layers]
 
     :param name: The name.
-    :return: A decorator that gives the rule back.
+    :return: A decorator that returns the rule unchanged.
     :raises ValueError: If the name is taken.
     """
 
     def register(rule: SelectionRule) -> SelectionRule:
-        if _RULES.get(name, rule) is not rule:
+        if SELECTION_RULES.get(name, rule) is not rule:
             raise ValueError(f"There is a selection rule {name!r} already; choose another name.")
-        _RULES[name] = rule
+        SELECTION_RULES[name] = rule
         return rule
 
     return register
 
 
-def selection_rules() -> tuple[str, ...]:
+def list_selection_rules() -> list[str]:
     """
-    Give the names of the rules.
+    List the names that the trainer's ``selection=`` accepts.
 
-    :return: In the order they were registered in.
+    >>> list_selection_rules()[:3]
+    ['criticality', 'relative_criticality', 'relative_error']
+
+    :return: The names, in the order of registration.
     """
-    return tuple(_RULES)
+    return list(SELECTION_RULES)
 
 
-def as_rule(selection: object) -> SelectionRule:
+def as_rule(selection: RuleLike) -> SelectionRule:
     """
-    Give the rule that a user means.
+    Return the rule that a user means.
 
-    :param selection: The name of one, a function, or the names of layers, which are then always chosen.
+    :param selection: The name of a rule, a function, or names of layers, which are then always chosen.
     :return: The rule.
-    :raises ValueError: If there is none of that name.
-    :raises TypeError: If it is something else.
+    :raises ValueError: If there is no rule of that name.
     """
     if isinstance(selection, str):
-        if selection not in _RULES:
-            raise ValueError(
-                f"`selection` must be one of {', '.join(map(repr, _RULES))}, a list of layers' names, or a function, "
-                f"got {selection!r}."
-            )
-        return _RULES[selection]
-    if isinstance(selection, (list, tuple)) and selection and all(isinstance(name, str) for name in selection):
-        return _fixed(selection)
-    if callable(selection):
-        return selection
-    raise TypeError(
-        f"`selection` must be the name of a rule, a list of layers' names, or a function, got {selection!r}."
-    )
-
-
-def check_names(selection: object, eligible: Sequence[Layer]) -> None:
-    """
-    Refuse names of layers that may not be chosen.
-
-    :param selection: What the user passed; anything but a list of names is left alone.
-    :param eligible: The layers that may be chosen.
-    :raises ValueError: If there is such a name.
-    """
-    known = [layer.name for layer in eligible]
-    names = selection if isinstance(selection, (list, tuple)) else ()
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(
-            f"`selection` names {', '.join(unknown)}, no layer(s) that may be chosen; those are {', '.join(known)}."
-        )
-
-
-def eligible_layers(layers: Sequence[Layer], *, head_eligible: bool) -> list[Layer]:
-    """
-    Give the layers that may be chosen: those with a parameter that its owner has not frozen, usually not the head.
-
-    Eq. 2 divides by the number of elements of a feature, and a norm grows only with its root: the head, with as few
-    outputs as classes, would win by its narrowness alone, and training it alone gains nothing.
-
-    :param layers: All layers, in execution order.
-    :param head_eligible: Whether the head may be chosen too.
-    :return: A part of `layers`.
-    :raises ValueError: If none is left.
-    """
-    eligible = [
-        layer
-        for layer in layers
-        if (head_eligible or not layer.is_head) and any(p.requires_grad for p in layer.parameters())
-    ]
-    if not eligible:
-        raise ValueError(
-            "`classifier.model` has no layer to choose from: every layer is frozen (`requires_grad=False`) or is the "
-            f"classifier head, with `head_eligible={head_eligible}`."
-        )
-    return eligible
-
-
-def choose(rule: SelectionRule, candidates: Candidates, budget: Budget) -> list[Layer]:
-    """
-    Choose layers by a rule, within a budget.
-
-    :param rule: The rule.
-    :param candidates: What it chooses from.
-    :param budget: How many.
-    :return: The chosen layers, in execution order; equal scores go to the earlier layer.
-    :raises ValueError: If the rule gives another number of scores, or no eligible layer that fits a score.
-    """
-    layers, eligible, network = candidates.layers, set(candidates.eligible), candidates.network
-    scored = torch.tensor([float(score) for score in rule(candidates)], dtype=torch.float64, device=network.device)
-    if len(scored) != len(layers):
-        raise ValueError(f"`selection`: the rule gave {len(scored)} scores for {len(layers)} layers.")
-    scores = dict(zip(layers, network.ranks.first(scored).tolist(), strict=True))
-    usable = [layer for layer in layers if layer in eligible and scores[layer] > -math.inf]
-    if not usable:
-        raise ValueError(
-            "No layer has a finite score: the perturbation reaches none of their features, or the rule scores none."
-        )
-    always = [layer for layer in usable if scores[layer] == math.inf]
-    ranked = sorted((layer for layer in usable if layer not in always), key=lambda layer: scores[layer], reverse=True)
-    nb_parameters = sum(p.numel() for p in network.model.parameters())
-    chosen = {*always, *budget.take(ranked, layers, nb_parameters)}
-    if not chosen:
-        raise ValueError(
-            f"`budget`: no layer that the rule scores fits into {budget.parameter_share:g} of the parameters."
-        )
-    return [layer for layer in layers if layer in chosen]
+        check_choice(selection, SELECTION_RULES, argument="selection")
+        return SELECTION_RULES[selection]
+    return selection if callable(selection) else _fixed(selection)
 
 
 @register_selection_rule("criticality")

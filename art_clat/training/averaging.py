@@ -30,6 +30,17 @@ class Average:
             if tensor.is_floating_point() and bool(torch.isfinite(tensor).all())
         }
 
+    @classmethod
+    def of(cls, model: nn.Module, decay: float | None) -> Average | None:
+        """
+        Make an average if one is wanted.
+
+        :param model: The network.
+        :param decay: Its decay, or `None`.
+        :return: The average, or `None`.
+        """
+        return None if decay is None else cls(model, decay)
+
     def begin(self) -> None:
         """Begin with the weights as they are."""
         for name, tensor in named_tensors(self._model).items():

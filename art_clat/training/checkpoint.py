@@ -9,16 +9,14 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import nn
 
+from art_clat.training.averaging import Average
 from art_clat.training.history import EpochRecord, History
-
-if TYPE_CHECKING:
-    from art_clat.training.averaging import Average
 from art_clat.utils.descriptions import check_description, fingerprint
 from art_clat.utils.files import prepare, read, write
 from art_clat.utils.weights import load_weights, named_tensors, weights
@@ -32,8 +30,8 @@ class Progress:
     :param seed: What everything drawn at random follows from, together with the epoch and the batch.
     :param epoch: The epoch in progress, counted from 0.
     :param batch: Its next batch.
-    :param sums: Over the samples of the epoch so far: loss, cross-entropy, criticality loss, correct predictions, one.
-    :param seconds: Of training in the epoch so far.
+    :param sums: Sums over the samples of the epoch so far, by name.
+    :param seconds: Seconds of training in the epoch so far.
     :param chosen: Names of the layers that are trained, or `None` for the whole network.
     :param history: The record so far.
     """
@@ -41,18 +39,18 @@ class Progress:
     seed: int
     epoch: int = 0
     batch: int = 0
-    sums: list[float] = field(default_factory=lambda: [0.0] * 5)
+    sums: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     chosen: list[str] | None = None
     history: History = field(default_factory=History)
 
     def begin_epoch(self, epoch: int) -> None:
         """
-        Stand at the beginning of an epoch.
+        Go to the first batch of an epoch.
 
-        :param epoch: Which.
+        :param epoch: Its number.
         """
-        self.epoch, self.batch, self.sums, self.seconds = epoch, 0, [0.0] * 5, 0.0
+        self.epoch, self.batch, self.sums, self.seconds = epoch, 0, {}, 0.0
 
 
 @dataclass(frozen=True)
@@ -197,6 +195,7 @@ class Keeper:
 
     :param model: The network.
     :param checkpoint: Where to save, or `None`.
+    :param average: The average of the weights, or `None`.
     :param every: Save after so many batches of an epoch.
     :param keeps_best: Whether the best epoch's weights are wanted.
     :param writes: Whether this process writes; of several the first one does.
@@ -207,11 +206,14 @@ class Keeper:
         model: nn.Module,
         checkpoint: Checkpoint | None = None,
         *,
+        average: Average | None = None,
         every: int = 0,
         keeps_best: bool = False,
         writes: bool = True,
     ) -> None:
         self._model = model
+        #: The average of the weights, or `None`.
+        self.average = average
         self._checkpoint = checkpoint
         self._every = every
         self._keeps_best = keeps_best

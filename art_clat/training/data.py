@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from art.data_generators import DataGenerator
 from art.estimators.classification import PyTorchClassifier
 
 from art_clat.models.checks import check_data
-from art_clat.utils.processes import Batch, Part, Ranks
+from art_clat.utils.batch import Batch
+from art_clat.utils.processes import Ranks
 from art_clat.utils.randomness import reseed
 
 #: The share of a GPU's free memory up to which the training set is kept there.
@@ -27,12 +29,16 @@ class Batches(abc.ABC):
 
     @abc.abstractmethod
     def example(self) -> torch.Tensor:
-        """Give at least one input."""
+        """Return at least one input."""
+
+    @abc.abstractmethod
+    def describe(self) -> dict[str, object]:
+        """Say how many samples there are and how they are batched, ready for JSON."""
 
     @abc.abstractmethod
     def epoch(self, first: int, ranks: Ranks) -> Iterator[Batch]:
         """
-        Give the batches of one epoch, in an order drawn from torch's generator when the iteration begins.
+        Iterate over the batches of one epoch, in an order drawn from torch's generator when the iteration begins.
 
         :param first: The batch to begin with.
         :param ranks: The processes that share a batch.
@@ -78,6 +84,9 @@ class ArrayBatches(Batches):
     def example(self) -> torch.Tensor:
         return self.x[:1]
 
+    def describe(self) -> dict[str, object]:
+        return {"x": list(self.x.shape), "batch_size": self.batch_size, "drop_last": self.drop_last}
+
     def epoch(self, first: int, ranks: Ranks) -> Iterator[Batch]:
         order = torch.randperm(len(self.x))
         yield from self._batches(order[first * self.batch_size : self.nb_batches * self.batch_size], ranks)
@@ -88,7 +97,7 @@ class ArrayBatches(Batches):
     def _batches(self, order: torch.Tensor, ranks: Ranks) -> Iterator[Batch]:
         for indices in order.to(self.x.device).split(self.batch_size):
             part = ranks.part(len(indices))
-            yield self.x[indices[part.mine]], self.y[indices[part.mine]], part
+            yield Batch(self.x[indices[part.mine]], self.y[indices[part.mine]], part)
 
 
 class GeneratorBatches(Batches):
@@ -121,29 +130,31 @@ class GeneratorBatches(Batches):
     def example(self) -> torch.Tensor:
         if not self._ahead:
             self._ahead.append(self._next())
-        return self._ahead[0][0]
+        return self._ahead[0].x
+
+    def describe(self) -> dict[str, object]:
+        generator = self.generator
+        return {"generator": type(generator).__name__, "size": generator.size, "batch_size": generator.batch_size}
 
     def epoch(self, first: int, ranks: Ranks) -> Iterator[Batch]:
         for _ in range(first, self.nb_batches):
             yield self._ahead.pop(0) if self._ahead else self._next()
 
     def sample(self, nb_samples: int, ranks: Ranks) -> list[Batch]:
-        while sum(len(x) for x, _, _ in self._ahead) < min(nb_samples, self.generator.size):
+        while sum(map(len, self._ahead)) < min(nb_samples, self.generator.size):
             self._ahead.append(self._next())
         # They are trained on first, in the epoch they belong to; an augmentation may then write into them.
-        return [(x.clone(), y, part) for x, y, part in self._ahead]
+        return [replace(batch, x=batch.x.clone()) for batch in self._ahead]
 
     def _next(self) -> Batch:
         x, y = self.generator.get_batch()
         inputs, labels = check_data(
             self.classifier, x, y, argument="x of the generator's batch", label_argument="y of the generator's batch"
         )
-        return inputs.clone(), labels, Part(len(inputs))  # an augmentation may work in place
+        return Batch.whole(inputs.clone(), labels)  # an augmentation may work in place
 
 
-def augmented(
-    augmentation: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, part: Part, *counters: int
-) -> torch.Tensor:
+def augment(augmentation: Callable[[torch.Tensor], torch.Tensor], batch: Batch, *counters: int) -> Batch:
     """
     Augment the images of a batch, each by numbers of its own.
 
@@ -151,15 +162,14 @@ def augmented(
     the global random generators seeded for each: its numbers follow from its place in the whole batch.
 
     :param augmentation: A transform of one image.
-    :param x: Images of this process, shape (batch, channels, height, width).
-    :param part: Which of the batch they are.
+    :param batch: Images, shape (batch, channels, height, width).
     :param counters: What says which batch it is, as for :func:`art_clat.utils.randomness.reseed`.
     :return: The transformed images, same shape.
     :raises ValueError: If they have another shape.
     """
     images = []
-    for place, image in zip(torch.arange(part.total)[part.mine].tolist(), x, strict=True):
-        reseed(x.device, *counters, place)
+    for place, image in zip(torch.arange(batch.part.total)[batch.part.mine].tolist(), batch.x, strict=True):
+        reseed(image.device, *counters, place)
         changed = augmentation(image)
         if changed.shape != image.shape or changed.dtype != image.dtype:
             raise ValueError(
@@ -167,4 +177,4 @@ def augmented(
                 f"shape {tuple(image.shape)}, as they come, are needed."
             )
         images.append(changed)
-    return torch.stack(images)
+    return replace(batch, x=torch.stack(images))

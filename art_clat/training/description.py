@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from art.attacks import EvasionAttack
 from art.estimators.classification import PyTorchClassifier
 from torch import nn
 
-if TYPE_CHECKING:
-    pass
+from art_clat.config import TrainerOptions
 from art_clat.models.description import describe_inputs
 from art_clat.utils.descriptions import settings_of, text_of
+from art_clat.utils.environment import describe_environment
 from art_clat.utils.weights import named_tensors
 
 
@@ -81,3 +81,32 @@ def _still(state: object) -> Any:
     moving = ["last_epoch", "T_cur", "T_i", "verbose", "_last_lr", "_step_count"]
     moving += ["_is_initial", "_get_lr_called_within_step"]
     return {key: _still(value) for key, value in state.items() if key not in moving}
+
+
+def configuration(
+    classifier: PyTorchClassifier,
+    options: TrainerOptions,
+    attacks: Sequence[EvasionAttack],
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
+    fit: Mapping[str, object],
+) -> dict[str, Any]:
+    """
+    Describe a run for its history.
+
+    :param classifier: The classifier.
+    :param options: The trainer's options.
+    :param attacks: The attacks.
+    :param scheduler: The scheduler, or `None`.
+    :param fit: The arguments of ``fit``, and the shape of the data.
+    :return: Names, and values that JSON can hold.
+    """
+    facts = describe(classifier, scheduler, attacks)
+    kept = ("attack ", "optimizer", "the ", "clip_values")
+    model = classifier.model
+    return {
+        "trainer": options.describe(),
+        "fit": dict(fit),
+        "network": f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters",
+        **{name.removeprefix("the "): value for name, value in facts.items() if name.startswith(kept)},
+        **describe_environment(classifier.device),
+    }

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from art_clat.selection.criticality import Criticality, LayerCriticality
 from art_clat.utils.plots import label_layers, new_axes
@@ -51,6 +52,20 @@ class EpochRecord:
     clean_accuracy: float | None = None
     robust_accuracy: float | None = None
 
+    def summary(self) -> dict[str, str]:
+        """
+        Write what a progress bar shows: validation accuracies if there are any, else those of training.
+
+        :return: Texts by name.
+        """
+        clean = self.clean_accuracy if self.clean_accuracy is not None else self.train_clean_accuracy
+        robust = self.robust_accuracy if self.robust_accuracy is not None else self.train_robust_accuracy
+        shown = {"clean": clean, "robust": robust}
+        return {
+            "loss": f"{self.loss:.3f}",
+            **{name: f"{100 * value:.1f} %" for name, value in shown.items() if value is not None},
+        }
+
 
 @dataclass(frozen=True)
 class SelectionRecord:
@@ -62,7 +77,9 @@ class SelectionRecord:
     :param chosen: Names of the layers trained from then on.
     :param trainable_parameters: Number of their trainable scalar parameters.
     :param total_parameters: Number of the network's scalar parameters.
-    :param seconds: What measuring took.
+    :param seconds: Time that measuring took.
+    :param rule: Name of the rule that chose.
+    :param scores: The rule's score of every layer, in execution order; empty in records of older versions.
     """
 
     epoch: int
@@ -71,6 +88,27 @@ class SelectionRecord:
     trainable_parameters: int
     total_parameters: int
     seconds: float
+    rule: str = "criticality"
+    scores: tuple[float, ...] = ()
+
+    def sentence(self) -> str:
+        """
+        Say what was chosen, for the log.
+
+        :return: One line.
+        """
+        return (
+            f"CLAT, epoch {self.epoch}: training {len(self.chosen)} of {len(self.measured)} layers "
+            f"({', '.join(self.chosen)}), {self.trainable_parameters:,} of {self.total_parameters:,} parameters "
+            f"({100 * self.trainable_parameters / self.total_parameters:.2f} %)."
+        )
+
+    def __repr__(self) -> str:
+        share = self.trainable_parameters / self.total_parameters
+        return (
+            f"SelectionRecord(epoch={self.epoch}, rule={self.rule!r}, chosen={self.chosen!r}, "
+            f"trainable={100 * share:.2f} %)"
+        )
 
 
 @dataclass
@@ -80,10 +118,17 @@ class History:
 
     :param epochs: One entry an epoch.
     :param selections: One entry a selection.
+    :param configuration: What the run was made with: the trainer's options, the arguments of ``fit``, attacks,
+           optimiser, data, machine and versions; values that JSON can hold. Empty in records of older versions.
     """
 
     epochs: list[EpochRecord] = field(default_factory=list)
     selections: list[SelectionRecord] = field(default_factory=list)
+    configuration: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        best = "" if self.best_epoch is None else f", best epoch {self.best_epoch}"
+        return f"History({len(self.epochs)} epochs, {len(self.selections)} selections{best})"
 
     def add_validation(self, clean_accuracy: float, robust_accuracy: float) -> None:
         """
@@ -123,43 +168,29 @@ class History:
         content = json.loads(text)
         return cls(
             epochs=[EpochRecord(**_numbers(entry, _LOSSES)) for entry in content["epochs"]],
-            selections=[
-                SelectionRecord(
-                    **{**entry, "chosen": tuple(entry["chosen"]), "measured": _criticality(entry["measured"])}
-                )
-                for entry in content["selections"]
-            ],
+            selections=[_selection(entry) for entry in content["selections"]],
+            configuration=content.get("configuration", {}),
         )
 
     def plot_heat_map(self, ax: Axes | None = None) -> Axes:
         """
-        Draw the criticality of every layer at every selection, the chosen ones marked.
+        Draw the score of every layer at every selection, by the rule that chose, the chosen layers marked.
 
-        Colours are on a logarithmic scale centred on 1 (a layer that passes weakness on unchanged); those of the head,
-        whose literal index is far larger, are cut at the largest of the other layers'.
+        A criticality index is coloured on a logarithmic scale centred on 1 (a layer that passes weakness on unchanged),
+        another rule's score on a linear one. The head's colour is cut at the largest of the other layers'. If the rule
+        has no finite scores (``"all"``, layers by name), the criticality index is drawn.
 
         :param ax: Where to draw, or `None` for a new figure, sized for the number of layers.
         :return: The axes; layers from top to bottom, selections from left to right.
         :raises ValueError: If no selection was made.
         """
-        from matplotlib.colors import LogNorm
-
         if not self.selections:
             raise ValueError("There is no selection to draw: no epoch reached the second stage (see `warmup`).")
         layers = self.selections[0].measured
         names = [layer.name for layer in layers]
-        values = np.array([[layer.criticality for layer in s.measured] for s in self.selections], dtype=float).T
-        body = values[[not layer.is_head for layer in layers]]
-        shown = body[np.isfinite(body) & (body > 0)]
-        extreme = max(1.1, float(np.max(np.maximum(shown, 1 / shown)))) if shown.size else 1.1
         ax = ax if ax is not None else new_axes(width=min(16, 4 + 0.6 * len(self.selections)), height=_height(names))
-        image = ax.imshow(
-            np.clip(values, 1 / extreme, extreme),
-            norm=LogNorm(1 / extreme, extreme),
-            cmap="RdBu_r",
-            aspect="auto",
-            interpolation="nearest",
-        )
+        colours = _Colours.of(self.selections)
+        image = ax.imshow(colours.values, norm=colours.norm, cmap=colours.map, aspect="auto", interpolation="nearest")
         rows = {name: row for row, name in enumerate(names)}
         chosen = [(column, rows[name]) for column, s in enumerate(self.selections) for name in s.chosen]
         size = float(np.clip(1500 / len(names), 6, 60))
@@ -169,11 +200,7 @@ class History:
         _label_epochs(ax, [s.epoch for s in self.selections])
         ax.set_xlabel("selection before epoch")
         ax.set_title("gold: fine-tuned", fontsize=10)
-        colorbar = ax.figure.colorbar(image, ax=ax, extend="max", label="criticality index $C_i$")
-        exponent = math.log2(extreme)
-        ticks = [2**step for step in np.linspace(-exponent, exponent, 5)]
-        colorbar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
-        colorbar.minorticks_off()
+        colours.label(ax.figure.colorbar(image, ax=ax, extend="max", label=colours.title))
         return ax
 
     def plot_curves(self, ax: Axes | None = None) -> Axes:
@@ -226,12 +253,68 @@ def _criticality(entry: dict[str, Any]) -> Criticality:
     return Criticality(**{**entry, "layers": tuple(layers)})
 
 
+def _selection(entry: dict[str, Any]) -> SelectionRecord:
+    """Read a selection; scores are numbers, or in JSON's stead texts for those that are not finite."""
+    return SelectionRecord(
+        **{
+            **entry,
+            "chosen": tuple(entry["chosen"]),
+            "measured": _criticality(entry["measured"]),
+            "scores": tuple(math.nan if score is None else float(score) for score in entry.get("scores", ())),
+        }
+    )
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+#: Rules whose scores are indices: a layer with index 1 passes a perturbation on unchanged.
+_INDICES = {"criticality": "criticality index $C_i$", "relative_criticality": "relative criticality index"}
+
+
+@dataclass(frozen=True)
+class _Colours:
+    """The colours of a heat map: values, scale and colour bar."""
+
+    values: npt.NDArray[np.float64]
+    norm: Any
+    map: str
+    title: str
+    is_index: bool
+
+    @classmethod
+    def of(cls, selections: Sequence[SelectionRecord]) -> _Colours:
+        """Take the scores of the rule, or the criticality index if it has none that are finite."""
+        from matplotlib.colors import LogNorm, Normalize
+
+        rule = selections[0].rule
+        scored = all(len(s.scores) == len(s.measured) and np.isfinite(s.scores).any() for s in selections)
+        if scored:
+            values = np.array([s.scores for s in selections], dtype=float).T
+        else:
+            rule, values = "criticality", np.array([[x.criticality for x in s.measured] for s in selections], float).T
+        body = values[[not layer.is_head for layer in selections[0].measured]]
+        if rule in _INDICES:
+            shown = body[np.isfinite(body) & (body > 0)]
+            extreme = max(1.1, float(np.max(np.maximum(shown, 1 / shown)))) if shown.size else 1.1
+            cut = np.clip(values, 1 / extreme, extreme)
+            return cls(cut, LogNorm(1 / extreme, extreme), "RdBu_r", _INDICES[rule], is_index=True)
+        shown = body[np.isfinite(body)]
+        low, high = (float(shown.min()), float(shown.max())) if shown.size else (0.0, 1.0)
+        return cls(np.clip(values, low, high), Normalize(low, high), "viridis", f"score of the rule {rule}", False)
+
+    def label(self, colorbar: Any) -> None:
+        """Write the ticks of the colour bar."""
+        if self.is_index:
+            exponent = math.log2(self.norm.vmax)
+            ticks = [2**step for step in np.linspace(-exponent, exponent, 5)]
+            colorbar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
+            colorbar.minorticks_off()
 
 
 def _height(names: Sequence[str]) -> float:

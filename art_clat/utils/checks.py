@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 
 
@@ -63,3 +65,16 @@ def check_share(value: float, *, argument: str) -> None:
     """
     if not (is_number(value) and 0 < value <= 1):
         raise ValueError(f"`{argument}` must be a number in (0, 1], got {value!r}.")
+
+
+def check_choice(value: object, accepted: Collection[str], *, argument: str) -> None:
+    """
+    Refuse what is not one of some names.
+
+    :param value: What the user passed.
+    :param accepted: The names.
+    :param argument: Name of the argument, for the message.
+    :raises ValueError: If it is none of them.
+    """
+    if value not in accepted:
+        raise ValueError(f"`{argument}` must be one of {', '.join(map(repr, accepted))}, got {value!r}.")

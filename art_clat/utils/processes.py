@@ -37,10 +37,6 @@ class Part:
     mine: slice | torch.Tensor = field(default_factory=lambda: slice(None))
 
 
-#: Inputs and labels of one process, and which of the batch of all processes they are.
-Batch = tuple[torch.Tensor, torch.Tensor, Part]
-
-
 @dataclass(frozen=True)
 class Ranks:
     """

@@ -1,0 +1,287 @@
+"""The options of training and measurement: each is named, documented and validated here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from art_clat.utils.checks import check_at_least, check_choice, check_seed, check_share, check_whole, is_number
+from art_clat.utils.descriptions import text_of
+
+#: ``"layer"``, ``"block"``, or names of modules and regular expressions.
+Granularity = str | Sequence[str]
+
+#: A rule's name, names of layers that are always chosen, or a function that scores the layers.
+RuleLike = str | Sequence[str] | Callable[[Any], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """
+    What counts as one layer of the network, which feature is its own, and what is frozen with it.
+
+    :param granularity: ``"layer"``: a weighted leaf module with the norm on its output. ``"block"``: timm's own
+           grouping of the parameters (``group_matcher``). Or a list of module names and regular expressions that match
+           whole names: each module that matches is one layer, trained with all its parameters; its feature is the
+           first tensor it returns.
+    :param predecessor: What ``F_{i−1}`` of eq. 3 is. ``"execution"``: the layer that ran before, as in the paper.
+           ``"input"``: the tensor that enters the layer; in a network that is no chain the two differ.
+    :param after_norm: Take the feature after the layer's norm, if it has one. Before a BatchNorm the distance can
+           shrink by the weights' scale alone, which changes nothing in what the network computes.
+    :param freeze_norms: Leave a chosen layer's norm as the first stage made it, weights and running statistics: it
+           cannot scale back then what the feature distance has shrunk. `None` for the preset's choice; only for
+           ``granularity="layer"``. A measurement does not use it.
+    :param head_eligible: Whether the classifier head may be chosen. The literal index nearly always chooses it, for its
+           few outputs. A measurement does not use it.
+    :raises TypeError: If `granularity` is neither a string nor a list of strings.
+    :raises ValueError: If a value is not one of those above, or two do not go together.
+    """
+
+    granularity: Granularity = "layer"
+    predecessor: str = "execution"
+    after_norm: bool = False
+    freeze_norms: bool | None = None
+    head_eligible: bool = False
+
+    def __post_init__(self) -> None:
+        accepted = "`granularity` must be 'layer', 'block' or a list of module names and regular expressions"
+        if isinstance(self.granularity, str):
+            if self.granularity not in ("layer", "block"):
+                raise ValueError(
+                    f"{accepted}, got {self.granularity!r}; the list for one module is [{self.granularity!r}]."
+                )
+        elif not isinstance(self.granularity, Sequence) or not all(isinstance(e, str) for e in self.granularity):
+            raise TypeError(f"{accepted}, got {self.granularity!r}.")
+        else:
+            object.__setattr__(self, "granularity", tuple(self.granularity))
+        check_choice(self.predecessor, ("execution", "input"), argument="predecessor")
+        for argument in ("after_norm", "freeze_norms"):
+            if getattr(self, argument) and self.granularity != "layer":
+                raise ValueError(
+                    f"`{argument}` needs `granularity='layer'`, got {self.granularity!r}: the feature of a block or a "
+                    "module is what it returns, and its norms are trained with it."
+                )
+
+    @classmethod
+    def of(cls, layers: LayerOptions | Granularity) -> LayerOptions:
+        """Return the options that a user means who names only the granularity."""
+        return layers if isinstance(layers, LayerOptions) else cls(granularity=layers)
+
+
+@dataclass(frozen=True)
+class SelectionOptions:
+    """
+    Which layers are chosen, and on how many samples that is measured.
+
+    :param rule: ``"criticality"`` (the paper's), another name of :func:`art_clat.list_selection_rules`, a function of
+           :class:`art_clat.Candidates` that returns one score a layer, or names of layers that are always chosen.
+    :param samples: Number of training samples that a selection measures on, at least 1; drawn once a run.
+    :raises TypeError: If `rule` is none of these.
+    :raises ValueError: If `samples` is out of its range.
+    """
+
+    rule: RuleLike = "criticality"
+    samples: int = 1024
+
+    def __post_init__(self) -> None:
+        names = isinstance(self.rule, (list, tuple)) and self.rule and all(isinstance(n, str) for n in self.rule)
+        if not (isinstance(self.rule, str) or names or callable(self.rule)):
+            raise TypeError(
+                f"`selection` must be the name of a rule, a list of layers' names, or a function, got {self.rule!r}."
+            )
+        check_whole(self.samples, 1, argument="samples")
+
+    @classmethod
+    def of(cls, selection: SelectionOptions | RuleLike) -> SelectionOptions:
+        """Return the options that a user means who gives only the rule."""
+        return selection if isinstance(selection, SelectionOptions) else cls(rule=selection)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """
+    How many layers are chosen: a share of them, a number, or as many as a share of the parameters pays for.
+
+    Exactly one of the three is given.
+
+    :param share: Share of all layers, in (0, 1], rounded; at least one layer.
+    :param count: Number of layers, at least 1.
+    :param parameter_share: Share of the network's scalar parameters, in (0, 1]: layers are taken from the best
+           downwards, those passed over that would exceed it.
+    :raises ValueError: If none or several are given, or one is out of its range.
+    """
+
+    share: float | None = None
+    count: int | None = None
+    parameter_share: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if len(given) != 1:
+            raise ValueError(f"`Budget` takes one of share, count and parameter_share, got {given or 'none'}.")
+        for name, value in given.items():
+            if name == "count":
+                check_whole(value, 1, argument=name)
+            else:
+                check_share(value, argument=name)
+
+    @classmethod
+    def of(cls, budget: Budget | float) -> Budget:
+        """Return the budget that a user means who gives only a share of the layers."""
+        if isinstance(budget, Budget):
+            return budget
+        check_share(budget, argument="budget")
+        return cls(share=budget)
+
+    def __str__(self) -> str:
+        ((name, value),) = ((name, value) for name, value in vars(self).items() if value is not None)
+        return f"{name}={value:g}"
+
+
+@dataclass(frozen=True)
+class PerformanceOptions:
+    """
+    Ways to run faster that round differently, and pay or not depending on the machine.
+
+    :param amp: Train in bfloat16 where autocast deems it safe. Selection and validation stay in float32.
+    :param compile: Run attacks on the whole network through ``torch.compile``. Passes that look at features or stop
+           early are not compiled, nor is the update of the weights.
+    :param channels_last: Store images and convolution weights with their channels last during ``fit``.
+    """
+
+    amp: bool = False
+    compile: bool = False
+    channels_last: bool = False
+
+
+#: What the paper leaves open, by preset. "default" was chosen on validation images: evaluation/results/paper_tables.
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "default": {"objective": "adversarial", "freeze_norms": True},
+    "paper": {"objective": "clean", "freeze_norms": False},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerOptions:
+    """
+    All options of a run, complete; :class:`art_clat.AdversarialTrainerCLATPyTorch` documents them.
+
+    :raises TypeError: If an option is of the wrong kind.
+    :raises ValueError: If an option is out of its range.
+    """
+
+    ratio: float
+    warmup: int
+    first_stage: str
+    objective: str
+    criticality_weight: float
+    selection: SelectionOptions
+    budget: Budget
+    reselect_every: int
+    layers: LayerOptions
+    augmentation: Callable[[torch.Tensor], torch.Tensor] | None
+    ema_decay: float | None
+    performance: PerformanceOptions
+    seed: int | None
+
+    def __post_init__(self) -> None:
+        check_share(self.ratio, argument="ratio")
+        check_whole(self.warmup, 0, argument="warmup")
+        check_at_least(self.criticality_weight, 0, argument="criticality_weight")
+        check_whole(self.reselect_every, 1, argument="reselect_every")
+        if self.ema_decay is not None and not (is_number(self.ema_decay) and 0 < self.ema_decay < 1):
+            raise ValueError(f"`ema_decay` must be a number in (0, 1), or None, got {self.ema_decay!r}.")
+        if self.augmentation is not None and not callable(self.augmentation):
+            raise TypeError(f"`augmentation` must be a transform of an image, got {type(self.augmentation).__name__}.")
+        if not isinstance(self.performance, PerformanceOptions):
+            raise TypeError(f"`performance` must be a PerformanceOptions, got {self.performance!r}.")
+        if self.seed is not None:
+            check_seed(self.seed)
+
+    def describe(self) -> dict[str, Any]:
+        """
+        Describe the options for a checkpoint or a record.
+
+        :return: Their names, and values that JSON can hold; functions by their ``repr`` without addresses.
+        """
+        return {name: _plain(value) for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOptions:
+    """
+    The options of one call of ``fit``, which documents them.
+
+    :raises TypeError: If ``fit`` was given an option that it does not have.
+    :raises ValueError: If an option is out of its range.
+    """
+
+    batch_size: int
+    nb_epochs: int
+    checkpoint: str | os.PathLike[str] | None = None
+    checkpoint_every: int = 200
+    restore_best: bool = False
+    drop_last: bool = False
+    verbose: bool = True
+
+    def __post_init__(self) -> None:
+        for argument in ("batch_size", "nb_epochs", "checkpoint_every"):
+            check_whole(getattr(self, argument), 1, argument=argument)
+            object.__setattr__(self, argument, int(getattr(self, argument)))  # NumPy's numbers too
+        folder = self.checkpoint
+        if folder is not None and (not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder)):
+            raise ValueError(f"`checkpoint` must be the path of a folder, got {folder!r}.")
+
+    @classmethod
+    def of(cls, kwargs: Mapping[str, Any], *accepted: str, **given: Any) -> FitOptions:
+        """Return the options of a call whose ``**kwargs`` may hold some of the accepted ones."""
+        if unknown := sorted(set(kwargs) - set(accepted)):
+            raise TypeError(
+                f"Unknown option(s) in `**kwargs`: {', '.join(unknown)}; accepted are {', '.join(accepted)}."
+            )
+        return cls(**given, **kwargs)
+
+    def check_data(self, nb_samples: int, *, has_validation: bool) -> None:
+        """Refuse options that the data do not allow."""
+        if self.drop_last and nb_samples < self.batch_size:
+            raise ValueError(
+                f"`drop_last` leaves no batch: `x` has {nb_samples} inputs, `batch_size` is {self.batch_size}."
+            )
+        if self.restore_best and not has_validation:
+            raise ValueError("`restore_best` needs `validation_data` to tell which epoch is best.")
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the result depends on, ready for JSON."""
+        return {"batch_size": self.batch_size, "nb_epochs": self.nb_epochs, "drop_last": bool(self.drop_last)}
+
+
+def preset_values(preset: str, objective: str | None, layers: LayerOptions) -> tuple[str, LayerOptions]:
+    """
+    Fill in from a preset what the user leaves open.
+
+    :param preset: One of :data:`PRESETS`.
+    :param objective: What the user said, or `None`.
+    :param layers: What the user said.
+    :return: Objective and layers, complete.
+    :raises ValueError: If there is no such preset.
+    """
+    check_choice(preset, tuple(PRESETS), argument="preset")
+    values = PRESETS[preset]
+    if layers.freeze_norms is None:
+        layers = replace(layers, freeze_norms=values["freeze_norms"] and layers.granularity == "layer")
+    return values["objective"] if objective is None else objective, layers
+
+
+def _plain(value: object) -> Any:
+    """Turn an option into what JSON can hold, the same in every process."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (bool, str)) or type(value) in (int, float):
+        return value
+    return value.item() if is_number(value) and hasattr(value, "item") else text_of(value)

@@ -1,0 +1,341 @@
+"""One call of ``fit``: epochs, batches, selections, validation and their record."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from art.attacks import EvasionAttack
+from art.estimators.classification import PyTorchClassifier
+from tqdm.auto import tqdm
+
+from art_clat.attacks.tensor_attack import TensorAttack
+from art_clat.config import FitOptions, TrainerOptions
+from art_clat.layers.freezing import only_trainable
+from art_clat.layers.layer import Layer
+from art_clat.models.checks import check_optimizer_holds
+from art_clat.models.tensor_classifier import TensorClassifier, channels_last
+from art_clat.selection.budget import check_budget
+from art_clat.selection.candidates import Candidates
+from art_clat.selection.choice import check_names, choose, eligible_layers
+from art_clat.selection.rules import as_rule
+from art_clat.training.checkpoint import Keeper, Progress
+from art_clat.training.data import Batches, augment
+from art_clat.training.description import configuration
+from art_clat.training.finite import FiniteGuard
+from art_clat.training.history import EpochRecord, History, SelectionRecord
+from art_clat.training.objectives import BatchLoss, find_objective
+from art_clat.training.stage import EpochSums, Stage
+from art_clat.training.validation import measure_accuracies
+from art_clat.utils.batch import Batch
+from art_clat.utils.modes import own_modes
+from art_clat.utils.processes import Ranks
+from art_clat.utils.randomness import own_randomness, reseed
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class TrainingLoop:
+    """
+    The procedure of the paper: adversarial training, then rounds of selection and fine-tuning.
+
+    Each step of it is a method that a subclass can override; a trainer runs the class that its ``loop_class`` names.
+
+    :param estimator: The classifier that is trained.
+    :param attacks: Its attacks, rotated over the batches.
+    :param options: The trainer's options.
+    :param fit: The options of this call of ``fit``.
+    :param batches: The training data.
+    :param validation: Inputs and labels to validate on after every epoch, or `None`.
+    :param scheduler: Stepped after every epoch, or `None`.
+    :param keeper: Saves the run, keeps the best epoch, and holds the average of the weights.
+    :param ranks: The processes that train together.
+    """
+
+    estimator: PyTorchClassifier
+    attacks: Sequence[EvasionAttack]
+    options: TrainerOptions
+    fit: FitOptions
+    batches: Batches
+    validation: tuple[torch.Tensor, torch.Tensor] | None
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None
+    keeper: Keeper
+    ranks: Ranks
+
+    progress: Progress = field(init=False)
+    stage: Stage = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.classifier = TensorClassifier(self.estimator, self.options.performance, self.ranks)
+        self.model, self.device = self.classifier.model, self.classifier.device
+        self.optimizer: torch.optim.Optimizer = self.estimator.optimizer
+        self.training_attacks = [TensorAttack(attack, self.classifier) for attack in self.attacks]
+        self.measured_classifier = self.classifier.in_float32()
+        self.measuring_attack = TensorAttack(self.attacks[0], self.measured_classifier)
+        self._trainable = {p for p in self.estimator._model.parameters() if p.requires_grad}
+        self._freezing = ExitStack()
+
+    @property
+    def history(self) -> History:
+        """The record so far."""
+        return self.progress.history
+
+    @property
+    def counters(self) -> tuple[int, int]:
+        """Seed and epoch, which randomness follows from."""
+        return self.progress.seed, self.progress.epoch
+
+    def prepare(self) -> None:
+        """
+        Resume or begin the run, find the layers, and refuse what cannot be trained.
+
+        :raises ValueError: If the checkpoint is of another run, or layers, budget and optimiser do not go together.
+        """
+        drawn = self.draw_seed()
+        resumed = self.keeper.resume()
+        said = {"nb_epochs": self.fit.nb_epochs, **self.batches.describe()}
+        made_with = configuration(self.estimator, self.options, self.attacks, self.scheduler, said)
+        self.progress = resumed or Progress(seed=drawn, history=History(configuration=made_with))
+        self.is_resumed = resumed is not None
+        if self.is_resumed and self.ranks.rank == 0:
+            ended = self.progress.epoch >= self.fit.nb_epochs
+            stands = "is finished" if ended else f"goes on at epoch {self.progress.epoch}"
+            logger.info("The checkpoint's run %s; its weights take the place of those at hand.", stands)
+        place = (self.progress.epoch, self.progress.batch, self.progress.seed)
+        self.ranks.check_same({"the checkpoint": place}, self.device)
+        with own_randomness(self.progress.seed, self.device):
+            self.sample = self.batches.sample(self.options.selection.samples, self.ranks)
+            self.layers = self.classifier.find_layers(self.batches.example(), self.options.layers)
+        self.eligible = eligible_layers(self.layers, head_eligible=self.options.layers.head_eligible)
+        rule = self.options.selection.rule
+        check_names(rule, self.eligible)
+        if rule != "all" and not isinstance(rule, (list, tuple)):  # those are chosen whatever the budget
+            check_budget(self.options.budget, self.eligible, sum(p.numel() for p in self.model.parameters()))
+        self._check_optimizer()
+
+    def run(self) -> None:
+        """
+        Train until the last epoch; call :meth:`prepare` first.
+
+        :raises FloatingPointError: If the loss or its gradient is not finite.
+        """
+        with self.guest():
+            self.keeper.save(self.progress)  # a scheduler that cannot be saved is refused before any work is done
+            names = self.progress.chosen
+            self.begin_stage(None if names is None else [layer for layer in self.layers if layer.name in names])
+            if self.keeper.average is not None and not self.is_resumed:
+                self.keeper.average.begin()  # now that all processes have the first one's weights
+            quiet = not self.fit.verbose or self.ranks.rank > 0
+            with tqdm(initial=self.progress.epoch, total=self.fit.nb_epochs, unit="epoch", disable=quiet) as bar:
+                while self.progress.epoch < self.fit.nb_epochs:
+                    if self.selection_is_due():
+                        self.begin_stage(self.select())
+                    bar.set_description(self.stage.title)
+                    self.train_epoch()
+                    self.end_epoch()
+                    bar.update()
+                    bar.set_postfix(self.history.epochs[-1].summary())
+            if self.keeper.average is not None:
+                self.keeper.average.apply()
+
+    def selection_is_due(self) -> bool:
+        """Tell whether layers are chosen before the next batch."""
+        rounds, rest = divmod(self.progress.epoch - self.options.warmup, self.options.reselect_every)
+        return rounds >= 0 and rest == 0 and self.progress.batch == 0
+
+    def begin_stage(self, chosen: list[Layer] | None) -> None:
+        """Begin to train chosen layers alone, or the whole network (`None`)."""
+        if chosen is None:
+            cls = find_objective(self.options.first_stage, argument="first_stage")
+            objective = cls(self.classifier, None, cls.default_weight)
+        else:
+            self.freeze(chosen)
+            cls, weight = find_objective(self.options.objective), self.options.criticality_weight
+            objective = cls(self.classifier, chosen, weight)
+        self.stage = Stage.begin(chosen, objective, self.ranks)
+
+    def freeze(self, chosen: list[Layer]) -> None:
+        """Freeze everything outside some layers, and drop the optimiser's state of what is frozen."""
+        self._freezing.close()  # stale momentum must not move a layer that is chosen again
+        self._freezing.enter_context(only_trainable(self.model, chosen))
+        self.estimator._model.zero_grad()  # an optimiser passes over what has no gradient, whatever its momentum
+        for parameter in self._trainable:
+            if not parameter.requires_grad:
+                self.optimizer.state.pop(parameter, None)
+
+    def select(self) -> list[Layer]:
+        """Measure every layer (eq. 2, 3), choose by the rule within the budget, and record both."""
+        start = time.perf_counter()
+        candidates = Candidates(
+            self.measured_classifier,
+            self.layers,
+            self.eligible,
+            self.sample,
+            self.measuring_attack,
+            seed=self.progress.seed,
+            round=len(self.history.selections),
+            predecessor=self.options.layers.predecessor,
+        )
+        with own_randomness(self.progress.seed, self.device):
+            measured = candidates.criticality
+            choice = choose(as_rule(self.options.selection.rule), candidates, self.options.budget)
+        parameters = {p for layer in choice.layers for p in layer.parameters() if p in self._trainable}
+        record = SelectionRecord(
+            epoch=self.progress.epoch,
+            measured=measured,
+            chosen=tuple(layer.name for layer in choice.layers),
+            trainable_parameters=sum(p.numel() for p in parameters),
+            total_parameters=sum(p.numel() for p in self.model.parameters()),
+            seconds=time.perf_counter() - start,
+            rule=self._rule_name(),
+            scores=tuple(choice.scores),
+        )
+        self.history.selections.append(record)
+        self.progress.chosen = list(record.chosen)
+        logger.log(logging.INFO if self.ranks.rank == 0 else logging.DEBUG, "%s", record.sentence())
+        return choice.layers
+
+    def train_epoch(self) -> None:
+        """Train one epoch, or what is left of it, and record it."""
+        progress, start = self.progress, time.perf_counter() - self.progress.seconds
+        learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        self.guard = FiniteGuard(self.model, every=self.look_every(), ranks=self.ranks)
+        sums = EpochSums(self.device)
+        reseed(self.device, *self.counters)
+        for number, batch in enumerate(self.batches.epoch(progress.batch, self.ranks), start=progress.batch):
+            batch = self.load(batch, number)
+            x_adv = self.perturb(batch, number)
+            try:
+                loss = self.step(batch, x_adv, number)
+                if self.keeper.average is not None:
+                    self.keeper.average.update(self._batches_before(number))
+                sums.add(loss, self.classifier.one_hot(batch.y).argmax(dim=1))
+                is_last = number + 1 == self.batches.nb_batches
+                if is_last or self.keeper.is_due(number + 1):
+                    self.guard.after_step(look=True)
+                    progress.batch, progress.seconds = number + 1, time.perf_counter() - start
+                    progress.sums = sums.take(progress.sums, self.ranks)
+                    if not is_last:
+                        self.keeper.save(progress)
+            except FloatingPointError as error:
+                self.optimizer.state.clear()  # it may have become infinite too
+                raise FloatingPointError(
+                    f"{error} in epoch {progress.epoch}, batch {number}. The likely cause is a learning rate (now "
+                    f"{learning_rate:g}) or a `criticality_weight` ({self.options.criticality_weight:g}) that is too "
+                    "large. The last finite weights are in place."
+                ) from None
+        self.history.epochs.append(self._record(learning_rate))
+
+    def load(self, batch: Batch, number: int) -> Batch:
+        """Bring a batch to the device, augmented and stored as it is going to be used."""
+        batch = batch.to(self.device)
+        if self.options.augmentation is not None:
+            batch = augment(self.options.augmentation, batch, *self.counters, number)
+        if self.options.performance.channels_last and batch.x.ndim == 4:
+            batch = Batch(batch.x.contiguous(memory_format=torch.channels_last), batch.y, batch.part)
+        return batch
+
+    def attack_for(self, number: int) -> TensorAttack:
+        """Return the attack whose turn it is in a batch of the epoch."""
+        return self.training_attacks[self._batches_before(number) % len(self.training_attacks)]
+
+    def perturb(self, batch: Batch, number: int) -> torch.Tensor:
+        """Perturb the share `ratio` of a batch, with the random numbers of its number in the epoch."""
+        reseed(self.device, *self.counters, number)
+        return self.stage.perturb(self.attack_for(number), batch, self.options.ratio)
+
+    def step(self, batch: Batch, x_adv: torch.Tensor, number: int) -> BatchLoss:
+        """Make one optimiser step on the objective, which moves what is not frozen."""
+        if self.ranks.size > 1:  # dropout must not leave out the same units everywhere
+            reseed(self.device, *self.counters, number, 0, self.ranks.rank)
+        self.optimizer.zero_grad()
+        loss = self.stage.loss(batch, x_adv)
+        self.guard.before_step(loss.loss)
+        # Gradients are averaged over processes, whose parts of a batch may differ by one sample.
+        (loss.loss * (self.ranks.size * len(batch) / batch.part.total)).backward()
+        self.optimizer.step()
+        self.guard.after_step()
+        return loss
+
+    def end_epoch(self) -> None:
+        """Step the scheduler, validate, and save."""
+        if self.scheduler is not None:
+            self.scheduler.step()
+        if self.validation is not None:
+            with nullcontext() if self.keeper.average is None else self.keeper.average.applied():
+                self.history.add_validation(*self.validate())
+                self.keeper.consider(self.history.epochs[-1])
+        self.progress.begin_epoch(self.progress.epoch + 1)
+        self.keeper.save(self.progress)
+        logger.debug("%s", self.history.epochs[-1])
+
+    def validate(self) -> tuple[float, float]:
+        """Measure clean accuracy, and robust accuracy under the first attack, on the validation data."""
+        assert self.validation is not None
+        return measure_accuracies(self.measuring_attack, *self.validation, seed=self.progress.seed)
+
+    def look_every(self) -> int:
+        """Return after how many batches to look whether all is finite; on a GPU a look makes the processor wait."""
+        return 50 if self.device.type == "cuda" else 1
+
+    def draw_seed(self) -> int:
+        """Return the seed of the run; without one of the user's, NumPy's global generator draws it."""
+        if self.options.seed is not None:
+            return int(self.options.seed)
+        drawn = torch.tensor(int(np.random.randint(2**32, dtype=np.uint64)), device=self.device)
+        return int(self.ranks.first(drawn))
+
+    @contextmanager
+    def guest(self) -> Iterator[None]:
+        """Put flags, modes, memory formats and random generators back on leaving, and drop the gradients."""
+        wrapped = self.estimator._model
+        with ExitStack() as stack:
+            stack.enter_context(own_modes(wrapped))
+            stack.enter_context(own_randomness(self.progress.seed, self.device))
+            stack.callback(wrapped.zero_grad)
+            self._freezing = stack.enter_context(ExitStack())
+            if self.options.performance.channels_last:
+                stack.enter_context(channels_last(self.model, self.optimizer))
+            yield
+
+    def _batches_before(self, number: int) -> int:
+        """Count the batches of the run before one of this epoch."""
+        return self.progress.epoch * self.batches.nb_batches + number
+
+    def _record(self, learning_rate: float) -> EpochRecord:
+        """Make the record of an epoch from its sums."""
+        means = {name: value / self.progress.sums["samples"] for name, value in self.progress.sums.items()}
+        robust = self.stage.objective.logits_are_adversarial
+        return EpochRecord(
+            epoch=self.progress.epoch,
+            stage="adversarial training" if self.stage.chosen is None else "clat",
+            loss=means["loss"],
+            cross_entropy=means["cross_entropy"],
+            criticality_loss=means["criticality_loss"],
+            learning_rate=learning_rate,
+            seconds=self.progress.seconds,
+            train_clean_accuracy=None if robust else means["accuracy"],
+            train_robust_accuracy=means["accuracy"] if robust else None,
+        )
+
+    def _rule_name(self) -> str:
+        """Name the selection rule for the record."""
+        rule = self.options.selection.rule
+        if isinstance(rule, str):
+            return rule
+        return getattr(rule, "__name__", "function") if callable(rule) else "by name"
+
+    def _check_optimizer(self) -> None:
+        """Refuse an optimiser that lacks what is going to be trained."""
+        if self.options.warmup:  # the whole network, by the names of the modules that own the parameters
+            parameters = self.model.named_parameters()
+            named = [(name.rpartition(".")[0] or name, parameter) for name, parameter in parameters]
+        else:
+            named = [(layer.name, parameter) for layer in self.eligible for parameter in layer.parameters()]
+        check_optimizer_holds(self.optimizer, named)

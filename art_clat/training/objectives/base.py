@@ -1,0 +1,185 @@
+"""What an objective is: a loss to climb, and a loss to minimise."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Sequence
+from typing import ClassVar, NamedTuple
+
+import torch
+
+from art_clat.attacks.ascent import Loss
+from art_clat.attacks.tensor_attack import TensorAttack
+from art_clat.layers.layer import Layer
+from art_clat.models.tensor_classifier import TensorClassifier
+from art_clat.utils.batch import Batch
+from art_clat.utils.checks import check_choice
+
+
+class BatchLoss(NamedTuple):
+    """
+    The loss of one batch and what it is made of.
+
+    :param loss: What is minimised, with its graph.
+    :param cross_entropy: The classifier's own loss, detached.
+    :param criticality_loss: What is added to it, detached, before its weight: the batch mean of the summed feature
+           distance, or of the rival's own term.
+    :param logits: Detached, shape (batch, nb_classes).
+    """
+
+    loss: torch.Tensor
+    cross_entropy: torch.Tensor
+    criticality_loss: torch.Tensor
+    logits: torch.Tensor
+
+    @classmethod
+    def weighted(
+        cls, cross_entropy: torch.Tensor, term: torch.Tensor, weight: float, logits: torch.Tensor
+    ) -> BatchLoss:
+        """
+        Add the weighted batch mean of a second term to a cross-entropy.
+
+        :param cross_entropy: The mean over the batch, with its graph.
+        :param term: One value a sample, with its graph.
+        :param weight: λ, at least 0.
+        :param logits: Shape (batch, nb_classes).
+        :return: The loss.
+        """
+        mean = term.mean()
+        return cls(cross_entropy + weight * mean, cross_entropy.detach(), mean.detach(), logits.detach())
+
+
+class Objective(abc.ABC):
+    """
+    What training climbs with its inner attack, and what it minimises on the result.
+
+    :param classifier: The classifier.
+    :param layers: The layers that are trained, or `None` for the whole network.
+    :param weight: λ of eq. 6, or the weight of a rival's second term; at least 0.
+    """
+
+    #: The weight if the trainer's ``criticality_weight`` is `None`.
+    default_weight: ClassVar[float] = 0.0
+    #: Whether it can train the whole network, and so serve as a ``first_stage``.
+    trains_whole_network: ClassVar[bool] = False
+    #: Whether the logits of :meth:`loss` are those of the perturbed batch.
+    logits_are_adversarial: ClassVar[bool] = True
+    #: Whether :meth:`inner_loss` is climbed in one step of size ε, not in the attack's own steps.
+    single_step: ClassVar[bool] = False
+
+    def __init__(self, classifier: TensorClassifier, layers: Sequence[Layer] | None, weight: float) -> None:
+        self.classifier = classifier
+        self.layers = layers
+        self.weight = weight
+
+    def inner_loss(self, batch: Batch) -> Loss | None:
+        """
+        Return the loss that the inner attack climbs.
+
+        :param batch: The batch before the attack.
+        :return: A function of a perturbed batch; `None` for the attack's own loss.
+        """
+        return None
+
+    def inner_start(self, attack: TensorAttack, batch: Batch) -> torch.Tensor:
+        """
+        Choose where the inner attack starts; used only with an :meth:`inner_loss`.
+
+        :param attack: The attack.
+        :param batch: The batch.
+        :return: Shape of ``batch.x``.
+        """
+        return attack.start(batch)
+
+    @abc.abstractmethod
+    def loss(self, batch: Batch, x_adv: torch.Tensor) -> BatchLoss:
+        """
+        Compute what the optimiser minimises, in the modes the network is in.
+
+        :param batch: The batch.
+        :param x_adv: Its perturbed inputs, shape of ``batch.x``.
+        :return: The loss.
+        """
+
+    def perturb(self, attack: TensorAttack, batch: Batch) -> torch.Tensor:
+        """
+        Solve the inner maximisation, with the network in evaluation mode.
+
+        :param attack: The attack, whose ball and steps are used.
+        :param batch: The batch.
+        :return: Perturbed inputs, shape of ``batch.x``, detached.
+        """
+        if not self.has_inner_loss():
+            return attack(batch)
+        return attack.climb(self._climbed, batch, start=self.inner_start(attack, batch), single_step=self.single_step)
+
+    @classmethod
+    def has_inner_loss(cls) -> bool:
+        """
+        Tell whether the objective climbs a loss of its own, and so needs an attack whose ball and steps are known.
+
+        :return: Whether the class overrides :meth:`inner_loss`.
+        """
+        return cls.inner_loss is not Objective.inner_loss
+
+    def _climbed(self, batch: Batch) -> Loss:
+        loss = self.inner_loss(batch)
+        return self.classifier.loss_on(batch.y) if loss is None else loss
+
+
+#: The objectives by name.
+OBJECTIVES: dict[str, type[Objective]] = {}
+
+
+def register_objective(name: str) -> Callable[[type[Objective]], type[Objective]]:
+    """
+    Make an objective known by a name, for the trainer's ``objective=``.
+
+    Example::
+
+        @register_objective("clean_loss_only")
+        class CleanLossOnly(Objective):
+            logits_are_adversarial = False
+
+            def loss(self, batch, x_adv):
+                loss, logits = self.classifier.loss(batch.x, batch.y)
+                return BatchLoss(loss, loss.detach(), torch.zeros_like(loss), logits.detach())
+
+    :param name: The name.
+    :return: A decorator that returns the class unchanged.
+    :raises ValueError: If the name is taken.
+    """
+
+    def register(cls: type[Objective]) -> type[Objective]:
+        if OBJECTIVES.get(name, cls) is not cls:
+            raise ValueError(f"There is an objective {name!r} already; choose another name.")
+        OBJECTIVES[name] = cls
+        return cls
+
+    return register
+
+
+def list_objectives(*, first_stage: bool = False) -> list[str]:
+    """
+    List the names that the trainer's ``objective=`` accepts, or its ``first_stage=``.
+
+    >>> list_objectives(first_stage=True)
+    ['pgd_at', 'trades', 'mart']
+
+    :param first_stage: Only those that can train the whole network.
+    :return: The names, in the order of registration.
+    """
+    return [name for name, cls in OBJECTIVES.items() if cls.trains_whole_network or not first_stage]
+
+
+def find_objective(name: str, *, argument: str = "objective") -> type[Objective]:
+    """
+    Return the objective that a user names.
+
+    :param name: Its name.
+    :param argument: ``"objective"`` or ``"first_stage"``, the argument it was named in.
+    :return: The class.
+    :raises ValueError: If there is no such objective.
+    """
+    check_choice(name, list_objectives(first_stage=argument == "first_stage"), argument=argument)
+    return OBJECTIVES[name]

@@ -1,0 +1,96 @@
+"""Adversarial training without a feature distance: PGD-AT, TRADES and MART."""
+
+from __future__ import annotations
+
+import torch
+
+from art_clat.attacks.ascent import Loss
+from art_clat.attacks.tensor_attack import TensorAttack
+from art_clat.training.objectives.base import BatchLoss, Objective, register_objective
+from art_clat.utils.batch import Batch
+
+
+class _OutputObjective(Objective):
+    """An objective that looks at outputs only, and so can train the whole network."""
+
+    trains_whole_network = True
+
+    def outputs(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Compute loss and logits with the preprocessing of training if the whole network is trained, else of prediction.
+
+        :param x: Inputs, shape (batch, *input_shape).
+        :param y: Their labels.
+        :return: The classifier's own loss, and logits of shape (batch, nb_classes).
+        """
+        return self.classifier.loss(x, y, fit=self.layers is None)
+
+
+@register_objective("pgd_at")
+class AdversarialTraining(_OutputObjective):
+    """Plain adversarial training: cross-entropy on the adversarial examples (Madry et al., arXiv 1706.06083)."""
+
+    def loss(self, batch: Batch, x_adv: torch.Tensor) -> BatchLoss:
+        loss, logits = self.outputs(x_adv, batch.y)
+        return BatchLoss(loss, loss.detach(), torch.zeros_like(loss), logits.detach())
+
+
+@register_objective("trades")
+class TRADES(_OutputObjective):
+    """
+    TRADES (Zhang et al., arXiv 1901.08573): clean cross-entropy, and the divergence of the perturbed outputs,
+
+        L(F(x), y) + β · max_δ KL(p(x) ‖ p(x+δ)).
+    """
+
+    default_weight = 6.0
+    logits_are_adversarial = False
+
+    #: Standard deviation of the noise that the inner attack starts from, as its authors' code has it: the divergence
+    #: and its gradient are zero at δ = 0.
+    START = 0.001
+
+    def inner_loss(self, batch: Batch) -> Loss:
+        with torch.no_grad():
+            clean = self.classifier.logits(batch.x)
+        return lambda z: _divergence(clean, self.classifier.logits(z))
+
+    def inner_start(self, attack: TensorAttack, batch: Batch) -> torch.Tensor:
+        return attack.start_near(batch, self.START)
+
+    def loss(self, batch: Batch, x_adv: torch.Tensor) -> BatchLoss:
+        cross_entropy, clean = self.outputs(batch.x, batch.y)
+        _, perturbed = self.outputs(x_adv, batch.y)
+        return BatchLoss.weighted(cross_entropy, _divergence(clean, perturbed), self.weight, clean)
+
+
+@register_objective("mart")
+class MART(_OutputObjective):
+    """
+    MART (Wang et al., ICLR 2020): boosted cross-entropy on the adversarial examples, and the divergence from the clean
+    outputs, which counts as much as the clean sample is misclassified,
+
+        −log p_y(x') − log(1 − max_{k≠y} p_k(x')) + λ · KL(p(x) ‖ p(x')) · (1 − p_y(x)).
+
+    The classifier's own loss is not used; labels that are probabilities count as their largest. x' is what the
+    trainer's attack makes; its authors' code begins PGD at Gaussian noise of 0.001 instead.
+    """
+
+    default_weight = 5.0
+
+    def loss(self, batch: Batch, x_adv: torch.Tensor) -> BatchLoss:
+        _, clean = self.outputs(batch.x, batch.y)
+        _, perturbed = self.outputs(x_adv, batch.y)
+        labels = self.classifier.one_hot(batch.y).argmax(dim=1)
+        log_p = perturbed.log_softmax(dim=1)
+        others = torch.ones_like(log_p, dtype=torch.bool).scatter(1, labels[:, None], False)
+        runner_up = log_p.masked_fill(~others, -torch.inf).amax(dim=1)
+        boosted = -log_p.gather(1, labels[:, None])[:, 0] - torch.log1p(-runner_up.exp().clamp(max=1 - 1e-6))
+        wrong = 1 - clean.softmax(dim=1).gather(1, labels[:, None])[:, 0]
+        return BatchLoss.weighted(boosted.mean(), _divergence(clean, perturbed) * wrong, self.weight, perturbed)
+
+
+def _divergence(clean: torch.Tensor, perturbed: torch.Tensor) -> torch.Tensor:
+    """Compute ``KL(p(x) ‖ p(x+δ))`` of every sample, from logits."""
+    log_clean, log_perturbed = clean.log_softmax(dim=1), perturbed.log_softmax(dim=1)
+    return (log_clean.exp() * (log_clean - log_perturbed)).sum(dim=1)

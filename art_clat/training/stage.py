@@ -1,0 +1,142 @@
+"""What is trained at the moment, on what objective; and the sums of an epoch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from art_clat.attacks.tensor_attack import TensorAttack
+from art_clat.layers.freezing import train_all, train_only
+from art_clat.layers.layer import Layer
+from art_clat.training.objectives import BatchLoss, Objective
+from art_clat.utils.batch import Batch
+from art_clat.utils.processes import Part, Ranks
+
+
+class _ObjectiveModule(nn.Module):
+    """An objective's loss as a module, which is what ``DistributedDataParallel`` takes."""
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+
+    def forward(self, batch: Batch, x_adv: torch.Tensor) -> BatchLoss:
+        return self.objective.loss(batch, x_adv)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """
+    The whole network, or the layers chosen last, on one objective.
+
+    :param chosen: The layers, or `None` for the whole network.
+    :param objective: What is climbed and minimised.
+    :param module: Computes the loss, and averages the gradients over processes.
+    """
+
+    chosen: list[Layer] | None
+    objective: Objective
+    module: nn.Module
+
+    @property
+    def title(self) -> str:
+        """What the progress bar calls the stage."""
+        return "adversarial training" if self.chosen is None else "CLAT"
+
+    @classmethod
+    def begin(cls, chosen: list[Layer] | None, objective: Objective, ranks: Ranks) -> Stage:
+        """
+        Begin to train; several processes get the first one's weights.
+
+        :param chosen: The layers, or `None` for the whole network.
+        :param objective: What is climbed and minimised.
+        :param ranks: The processes.
+        :return: The stage.
+        """
+        return cls(chosen, objective, ranks.wrap(_ObjectiveModule(objective.classifier.model, objective)))
+
+    def perturb(self, attack: TensorAttack, batch: Batch, ratio: float) -> torch.Tensor:
+        """
+        Perturb a share of a batch, drawn at random over all processes.
+
+        :param attack: The attack.
+        :param batch: The batch.
+        :param ratio: The share, in (0, 1].
+        :return: Inputs, shape of ``batch.x``; those that were not drawn as they are.
+        """
+        if ratio == 1:
+            return self.objective.perturb(attack, batch)
+        total, device = batch.part.total, batch.x.device
+        drawn = torch.randperm(total)[: int(np.ceil(ratio * total))]
+        place = torch.full((total,), -1)
+        place[drawn] = torch.arange(len(drawn))
+        here = place[batch.part.mine]  # where each sample of this process is among those drawn
+        perturbed = torch.nonzero(here >= 0)[:, 0]
+        x_adv = batch.x.clone()
+        if len(perturbed):
+            indices, among = perturbed.to(device), Part(len(drawn), here[perturbed].to(device))
+            x_adv[indices] = self.objective.perturb(attack, Batch(batch.x[indices], batch.y[indices], among))
+        return x_adv
+
+    def loss(self, batch: Batch, x_adv: torch.Tensor) -> BatchLoss:
+        """
+        Compute the loss, what is trained in training mode and the rest in evaluation mode.
+
+        :param batch: The batch.
+        :param x_adv: Its perturbed inputs.
+        :return: The loss, with its graph.
+        :raises ValueError: If a BatchNorm gets a single value.
+        """
+        if self.chosen is None:
+            train_all(self.objective.classifier.model)
+        else:
+            train_only(self.objective.classifier.model, self.chosen)
+        try:
+            return BatchLoss(*self.module(batch, x_adv))
+        except ValueError as error:
+            if len(batch) == 1 and "more than 1 value per channel" in str(error):
+                raise ValueError(
+                    "A batch of one sample cannot pass a BatchNorm in training: use another `batch_size`, or "
+                    "`drop_last=True` in `fit`."
+                ) from error
+            raise
+
+
+class EpochSums:
+    """
+    Sums over the samples of an epoch, kept on the device until they are taken.
+
+    :param device: Where the network runs.
+    """
+
+    NAMES = ("loss", "cross_entropy", "criticality_loss", "accuracy", "samples")
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
+
+    def add(self, loss: BatchLoss, labels: torch.Tensor) -> None:
+        """
+        Add a batch.
+
+        :param loss: Its loss.
+        :param labels: Its index labels, shape (batch,).
+        """
+        correct = (loss.logits.argmax(dim=1) == labels).float().mean()
+        means = [loss.loss.detach(), loss.cross_entropy, loss.criticality_loss, correct, torch.ones_like(correct)]
+        self._sums += len(labels) * torch.stack(means)
+
+    def take(self, before: dict[str, float], ranks: Ranks) -> dict[str, float]:
+        """
+        Add the sums of all processes to those taken before, and begin anew.
+
+        :param before: By name; empty at the beginning of an epoch.
+        :param ranks: The processes.
+        :return: By name.
+        """
+        taken = ranks.sum(self._sums).tolist()
+        self._sums.zero_()
+        return {name: before.get(name, 0.0) + more for name, more in zip(self.NAMES, taken, strict=True)}
