@@ -1,5 +1,6 @@
 """Small networks whose features can be written down by hand, and what most tests need around them."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,22 @@ def make_classifier(model, *, lr=0.05, loss=None, input_shape=INPUT_SHAPE, **kwa
 def make_attack(classifier, **kwargs):
     settings = {"eps": 0.1, "eps_step": 0.03, "max_iter": 4, "num_random_init": 0, "verbose": False, **kwargs}
     return ProjectedGradientDescent(classifier, **settings)
+
+
+def observe(trainer, **methods):
+    """
+    Have a trainer train with a loop some of whose steps are changed.
+
+    By the name of the step a function of the loop, the step as it would be, and the step's arguments.
+    """
+
+    def changed(name, function):
+        original = getattr(trainer.loop_class, name)
+        return lambda self, *args: function(self, partial(original, self), *args)
+
+    steps = {name: changed(name, function) for name, function in methods.items()}
+    trainer.loop_class = type("Observed", (trainer.loop_class,), steps)
+    return trainer
 
 
 @pytest.fixture(autouse=True)

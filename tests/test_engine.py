@@ -13,17 +13,24 @@ import pytest
 import torch
 from art.attacks.evasion import ProjectedGradientDescent
 from art.estimators.classification import PyTorchClassifier
-from conftest import INPUT_SHAPE, Chain, make_attack, make_classifier
+from conftest import INPUT_SHAPE, Chain, make_attack, make_classifier, observe
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
-from art_clat import AdversarialTrainerCLATPyTorch, create_backbone
-from art_clat.attacks.ascent import CHUNK, Ascent, in_chunks
+import art_clat.utils.batch
+from art_clat import (
+    AdversarialTrainerCLATPyTorch,
+    Batch,
+    LayerOptions,
+    PerformanceOptions,
+    create_backbone,
+)
+from art_clat.attacks.ascent import Ascent
 from art_clat.attacks.balls import LinfBall
 from art_clat.attacks.tensor_attack import TensorAttack
-from art_clat.models.tensor_classifier import TensorClassifier
-from art_clat.training.data import ArrayBatches, augmented
+from art_clat.models.tensor_classifier import TensorClassifier, channels_last
+from art_clat.training.data import ArrayBatches, augment
 from art_clat.training.finite import FiniteGuard
 from art_clat.training.objectives import AdversarialCLAT, CleanCLAT
 from art_clat.utils.processes import Part, Ranks
@@ -35,7 +42,7 @@ QUIET = {"verbose": False}
 
 def make_trainer(classifier, **kwargs):
     return AdversarialTrainerCLATPyTorch(
-        classifier, make_attack(classifier), **{"seed": 0, "freeze_norms": False, **kwargs}
+        classifier, make_attack(classifier), **{"seed": 0, "layers": LayerOptions(freeze_norms=False), **kwargs}
     )
 
 
@@ -58,9 +65,9 @@ class TestSameResults:
     def test_adversarial_examples_of_a_real_network_are_arts_to_the_bit(self, resnet):
         classifier, x, y = resnet
         attack = ProjectedGradientDescent(
-            classifier, eps=8 / 255, eps_step=2 / 255, max_iter=10, num_random_init=0, batch_size=CHUNK, verbose=False
+            classifier, eps=8 / 255, eps_step=2 / 255, max_iter=10, num_random_init=0, batch_size=32, verbose=False
         )
-        ours = TensorAttack(attack, TensorClassifier(classifier))(torch.tensor(x), torch.tensor(y)).numpy()
+        ours = TensorAttack(attack, TensorClassifier(classifier))(Batch.whole(torch.tensor(x), torch.tensor(y))).numpy()
         np.testing.assert_array_equal(ours, attack.generate(x, y))
 
     @pytest.mark.parametrize("which", range(0, 12, 3))
@@ -76,7 +83,9 @@ class TestSameResults:
             inputs = z.clone().requires_grad_()
             with objective.features.keep(stop=stop):
                 network.logits(clean)
-            kept = objective.features._kept[layers[which].output][0].detach()
+            with objective.features.compare(stop=stop):
+                network.logits(torch.zeros_like(clean))
+            kept = objective.features.total_distance().detach()  # tells the kept features apart
             with objective.features.compare(stop=stop):
                 network.logits(inputs)
             distance = objective.features.total_distance()
@@ -87,10 +96,12 @@ class TestSameResults:
         ("shape", "sizes"), [((3, 32, 32), [32, 32, 6]), ((3, 64, 64), [32, 32, 6]), ((1, 8, 8), [70])]
     )
     def test_chunks_are_as_large_as_the_caches_allow(self, shape, sizes):
-        seen = []
-        x = torch.rand(70, *shape)
-        assert torch.equal(in_chunks(lambda chunk: seen.append(len(chunk)) or 2 * chunk, x), 2 * x)
-        assert seen == sizes
+        batch = Batch.whole(torch.rand(70, *shape), torch.arange(70))
+        chunks = batch.chunks()
+        assert [len(chunk) for chunk in chunks] == sizes
+        assert torch.equal(torch.cat([chunk.x for chunk in chunks]), batch.x)
+        assert torch.equal(torch.cat([chunk.y for chunk in chunks]), batch.y)
+        assert torch.equal(torch.cat([torch.arange(70)[chunk.part.mine] for chunk in chunks]), batch.y)
 
     def test_chunks_change_nothing(self, chain, data, monkeypatch):
         """Not with a random start either, nor when restarts are kept sample by sample."""
@@ -101,8 +112,8 @@ class TestSameResults:
         results = []
         for elements in (0, 10**9):
             torch.manual_seed(5)
-            monkeypatch.setattr("art_clat.attacks.ascent.CHUNK_ELEMENTS", elements)
-            results.append(ours(x, y))
+            monkeypatch.setattr(art_clat.utils.batch, "CHUNK_ELEMENTS", elements)
+            results.append(ours(Batch.whole(x, y)))
         torch.testing.assert_close(*results, atol=1e-6, rtol=0)
 
     def test_a_part_starts_where_it_would_in_the_whole_batch(self):
@@ -128,7 +139,7 @@ class TestWhatIsSaved:
             normed(x)
         with FlopCounterMode(display=False) as counter:
             if stage == "adversarial training":
-                TensorAttack(make_attack(classifier, max_iter=4), network)(x, y)
+                TensorAttack(make_attack(classifier, max_iter=4), network)(Batch.whole(x, y))
                 passes = 4 * 2
             else:
                 cls = AdversarialCLAT if stage == "adversarial" else CleanCLAT
@@ -136,9 +147,8 @@ class TestWhatIsSaved:
                 with FlopCounterMode(display=False) as probes:
                     network.find_layers(x)
                 counter.flop_counts["Global"].clear()
-                cls(network, [layers[-1]], 0.1).perturb(
-                    TensorAttack(make_attack(classifier, max_iter=4), network), x, y
-                )
+                attack = TensorAttack(make_attack(classifier, max_iter=4), network)
+                cls(network, [layers[-1]], 0.1).perturb(attack, Batch.whole(x, y))
                 passes = 4 * 2 + (stage == "clean")
                 assert probes.get_total_flops() > 0
         assert counter.get_total_flops() == passes * forward.get_total_flops()
@@ -150,7 +160,8 @@ class TestWhatIsSaved:
         layers = network.find_layers(x)
         ran = []
         handles = [m.register_forward_hook(lambda *_, n=n: ran.append(n)) for n, m in chain.named_children()]
-        CleanCLAT(network, layers[:2], 0.1).perturb(TensorAttack(make_attack(classifier), network), x, y)
+        attack = TensorAttack(make_attack(classifier), network)
+        CleanCLAT(network, layers[:2], 0.1).perturb(attack, Batch.whole(x, y))
         for handle in handles:
             handle.remove()
         assert set(ran) == {"first", "second"}
@@ -171,7 +182,7 @@ class TestWhatIsSaved:
                 lambda m, a, out, name=name: seen.setdefault(name, []).append(out.requires_grad)
             )
         cls = AdversarialCLAT if objective == "adversarial" else CleanCLAT
-        cls(network, [layers[2]], 0.1).loss(x, x + 0.01, y).loss.backward()
+        cls(network, [layers[2]], 0.1).loss(Batch.whole(x, y), x + 0.01).loss.backward()
         assert seen["first"] == seen["second"] == [False, False]
         assert seen["hidden"] == [True, True] and seen["head"] == [True]
 
@@ -180,15 +191,15 @@ class TestWhatIsSaved:
         x, y = map(torch.tensor, data)
         for cls in (AdversarialCLAT, CleanCLAT):
             objective = cls(network, network.find_layers(x)[:1], 0.1)
-            objective.loss(x, x + 0.01, y)
-            assert not any(objective.features._kept.values())
+            objective.loss(Batch.whole(x, y), x + 0.01)
+            assert objective.features.nb_kept == 0
 
     def test_labels_are_prepared_once_an_attack(self, chain, data):
         classifier = make_classifier(chain)
         calls, reduce_labels = [], classifier.reduce_labels
         classifier.reduce_labels = lambda y: calls.append(1) or reduce_labels(y)
         x, y = map(torch.tensor, data)
-        TensorAttack(make_attack(classifier, max_iter=7), TensorClassifier(classifier))(x[:CHUNK], y[:CHUNK])
+        TensorAttack(make_attack(classifier, max_iter=7), TensorClassifier(classifier))(Batch.whole(x[:32], y[:32]))
         assert len(calls) == 1
 
 
@@ -210,10 +221,10 @@ class TestAugmentation:
     def test_reaches_the_attack_and_the_update_but_not_the_measurement(self, chain, data):
         trainer = make_trainer(make_classifier(chain), augmentation=lambda image: torch.full_like(image, 0.25))
         seen, measured = [], []
-        perturb, select = trainer._perturb, trainer._select
-        trainer._perturb = lambda objective, attack, x, *args: seen.append(x) or perturb(objective, attack, x, *args)
-        trainer._select = lambda progress, layers, eligible, sample: (
-            measured.extend(x for x, *_ in sample) or select(progress, layers, eligible, sample)
+        observe(
+            trainer,
+            perturb=lambda loop, perturb, batch, *args: seen.append(batch.x) or perturb(batch, *args),
+            select=lambda loop, select: measured.extend(batch.x for batch in loop.sample) or select(),
         )
         trainer.fit(*data, nb_epochs=1, **QUIET)
         assert (torch.cat(seen) == 0.25).all() and not (torch.cat(measured) == 0.25).any()
@@ -229,9 +240,11 @@ class TestAugmentation:
     )
     def test_does_not_depend_on_the_share(self, draw):
         x = torch.rand(9, 3, 4, 4)
-        whole = augmented(draw, x, Part(9), 7, 1)
-        assert torch.equal(augmented(draw, x[3:6], Part(9, slice(3, 6)), 7, 1), whole[3:6])
-        assert not torch.equal(augmented(draw, x, Part(9), 7, 2), whole)
+        y = torch.arange(9)
+        whole = augment(draw, Batch.whole(x, y), 7, 1).x
+        share = augment(draw, Batch(x[3:6], y[3:6], Part(9, slice(3, 6))), 7, 1)
+        assert torch.equal(share.x, whole[3:6]) and torch.equal(share.y, y[3:6])
+        assert not torch.equal(augment(draw, Batch.whole(x, y), 7, 2).x, whole)
 
     def test_another_shape_is_refused(self, chain, data):
         trainer = make_trainer(make_classifier(chain), augmentation=v2.CenterCrop(4))
@@ -258,7 +271,7 @@ class TestOptions:
             lambda m, a, out: formats.append(out.is_contiguous(memory_format=torch.channels_last))
         )
         trainers = [
-            weights_after(data, m, channels_last=flag, objective=objective)
+            weights_after(data, m, performance=PerformanceOptions(channels_last=flag), objective=objective)
             for m, flag in zip(models, (False, True), strict=True)
         ]
         losses = [[record.loss for record in trainer.history.epochs] for trainer in trainers]
@@ -272,21 +285,14 @@ class TestOptions:
         network.loss(*map(torch.tensor, data))[0].backward()
         classifier.optimizer.step()
         before = state[normed.conv2.weight]["momentum_buffer"].clone()
-        for inside, options in ((True, {"channels_last": True}), (False, {"channels_last": False})):
-            with network.accelerated(amp=False, compile=False, **options):
-                momentum = state[normed.conv2.weight]["momentum_buffer"]
-                assert momentum.is_contiguous(memory_format=torch.channels_last) is inside
+        with channels_last(normed, classifier.optimizer):
+            assert state[normed.conv2.weight]["momentum_buffer"].is_contiguous(memory_format=torch.channels_last)
+        momentum = state[normed.conv2.weight]["momentum_buffer"]
         assert momentum.is_contiguous() and torch.equal(momentum, before)
-
-    def test_options_end_with_their_context(self, normed, data):
-        network = TensorClassifier(make_classifier(normed))
-        with network.accelerated(amp=True, compile=True, channels_last=False):
-            assert network._amp and network._compiled is not None
-        assert not network._amp and network._compiled is None
 
     def test_channels_last_of_a_users_own_is_kept(self, normed, data):
         normed.to(memory_format=torch.channels_last)
-        weights_after(data, normed, channels_last=True)
+        weights_after(data, normed, performance=PerformanceOptions(channels_last=True))
         assert normed.conv2.weight.is_contiguous(memory_format=torch.channels_last)
 
     def test_channels_last_is_taken_back_after_an_exception(self, normed, data):
@@ -294,20 +300,28 @@ class TestOptions:
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            weights_after(data, normed, channels_last=True, augmentation=stop)
+            weights_after(data, normed, performance=PerformanceOptions(channels_last=True), augmentation=stop)
         assert all(p.is_contiguous() for p in normed.parameters())
 
     @pytest.mark.parametrize("objective", ["adversarial", "clean"])
     def test_amp_trains_in_bfloat16_and_measures_in_float32(self, normed, data, objective):
         types, other = [], copy.deepcopy(normed)
         normed.conv2.register_forward_hook(lambda m, a, out: types.append((normed.training, out.dtype)))
-        trainer = weights_after(data, normed, amp=True, objective=objective)
+        trainer = weights_after(data, normed, performance=PerformanceOptions(amp=True), objective=objective)
         assert {dtype for _, dtype in types} == {torch.float32, torch.bfloat16}
         assert {dtype for training, dtype in types if training} == {torch.bfloat16}  # the warm-up's updates
         assert all(p.dtype == torch.float32 for p in normed.parameters())
-        types.clear()
-        trainer._validate(*map(torch.tensor, data), seed=0)
-        assert {dtype for _, dtype in types} == {torch.float32}
+        validated = []
+
+        def validating(loop, validate):
+            types.clear()
+            accuracies = validate()
+            validated.extend(dtype for _, dtype in types)
+            return accuracies
+
+        again = observe(make_trainer(trainer.classifier, performance=PerformanceOptions(amp=True)), validate=validating)
+        again.fit(*data, validation_data=data, nb_epochs=1, **QUIET)
+        assert set(validated) == {torch.float32}
         reference = weights_after(data, other, objective=objective)
         losses = [[record.loss for record in t.history.epochs] for t in (trainer, reference)]
         np.testing.assert_allclose(*losses, rtol=0.05)
@@ -315,16 +329,15 @@ class TestOptions:
 
     def test_selection_is_in_float32_under_amp(self, normed, data):
         types = []
-        trainer = make_trainer(make_classifier(normed), amp=True)
-        select = trainer._select
+        trainer = make_trainer(make_classifier(normed), performance=PerformanceOptions(amp=True))
 
-        def recording(*args):
+        def recording(loop, select):
             handle = normed.conv2.register_forward_hook(lambda m, a, out: types.append(out.dtype))
-            chosen = select(*args)
+            chosen = select()
             handle.remove()
             return chosen
 
-        trainer._select = recording
+        observe(trainer, select=recording)
         trainer.fit(*data, nb_epochs=1, **QUIET)
         assert set(types) == {torch.float32}
 
@@ -342,8 +355,8 @@ class TestOptions:
 
         monkeypatch.setattr(torch, "compile", fake)
         other = copy.deepcopy(chain)
-        trainer = weights_after(data, chain, compile=True)
-        plain = weights_after(data, other, compile=False)
+        trainer = weights_after(data, chain, performance=PerformanceOptions(compile=True))
+        plain = weights_after(data, other)
         assert compiled == [3 * 3 * 4 + 2 * 3 * 4]  # epochs × batches × steps, and two selections
         assert [r.loss for r in trainer.history.epochs] == [r.loss for r in plain.history.epochs]
 
@@ -352,7 +365,10 @@ class TestOptions:
         torch.manual_seed(0)
         models = [Chain() for _ in range(2)]
         models[1].load_state_dict(models[0].state_dict())
-        trainers = [weights_after(data, model, compile=flag) for model, flag in zip(models, (False, True), strict=True)]
+        trainers = [
+            weights_after(data, model, performance=PerformanceOptions(compile=flag))
+            for model, flag in zip(models, (False, True), strict=True)
+        ]
         np.testing.assert_allclose(*[[r.loss for r in t.history.epochs] for t in trainers], rtol=1e-3)
 
 
@@ -392,26 +408,27 @@ class TestFiniteGuard:
         monkeypatch.setattr(
             torch, "equal", lambda *args: fetched.append("equal") or equal(*args)
         )  # ART asks it of labels
-        monkeypatch.setattr("art_clat.trainer.FiniteGuard", lambda model, **_: FiniteGuard(model, every=1000))
         classifier = make_classifier(chain, preprocessing=(0.1, 0.5))
         trainer = make_trainer(classifier, warmup=1, ratio=0.5)
         fetched.clear()
-        step = trainer._step
         originals = {name: getattr(torch.Tensor, name) for name in ("item", "tolist", "__bool__", "__float__", "numpy")}
 
-        def inside(*args):
+        def inside(loop, step, *args):
             for name, original in originals.items():
                 monkeypatch.setattr(
                     torch.Tensor, name, lambda self, *a, o=original, n=name: fetched.append(n) or o(self, *a)
                 )
             return step(*args)
 
-        trainer._step = inside
-        perturb = trainer._perturb
         counts = []
-        trainer._perturb = lambda *args: counts.append(len(fetched)) or perturb(*args)
+        observe(
+            trainer,
+            look_every=lambda loop, every: 1000,
+            step=inside,
+            perturb=lambda loop, perturb, *args: counts.append(len(fetched)) or perturb(*args),
+        )
         trainer.fit(*data, batch_size=8, nb_epochs=1, **QUIET)
-        assert len(counts) == 6 and counts[-1] == 0
+        assert len(counts) == 6 and counts[-1] == counts[0]  # what came before the epoch
 
 
 class TestRandomness:
@@ -426,8 +443,9 @@ class TestRandomness:
         orders = []
         for _ in range(2):
             trainer, seen = make_trainer(make_classifier(copy.deepcopy(chain))), []
-            perturb = trainer._perturb
-            trainer._perturb = lambda o, a, x, *args, p=perturb, s=seen: s.append(x) or p(o, a, x, *args)
+            observe(
+                trainer, perturb=lambda loop, perturb, batch, *args, s=seen: s.append(batch.x) or perturb(batch, *args)
+            )
             trainer.fit(*data, batch_size=16, nb_epochs=2, **QUIET)
             orders.append(torch.cat(seen))
         assert torch.equal(*orders) and not torch.equal(orders[0][:48], orders[0][48:])
@@ -436,9 +454,9 @@ class TestRandomness:
     def test_batches_from_the_middle_are_those_of_the_epoch(self, data):
         batches = ArrayBatches(*map(torch.tensor, data), batch_size=10, drop_last=False, device=torch.device("cpu"))
         torch.manual_seed(1)
-        whole = [x for x, *_ in batches.epoch(0, Ranks())]
+        whole = [batch.x for batch in batches.epoch(0, Ranks())]
         torch.manual_seed(1)
-        rest = [x for x, *_ in batches.epoch(3, Ranks())]
+        rest = [batch.x for batch in batches.epoch(3, Ranks())]
         assert len(whole) == batches.nb_batches == 5 and all(map(torch.equal, whole[3:], rest))
 
 

@@ -1,7 +1,6 @@
 import copy
 import logging
 import random
-from functools import partial
 
 import numpy as np
 import pytest
@@ -18,17 +17,17 @@ from art.defences.preprocessor import Preprocessor
 from art.defences.preprocessor.preprocessor import PreprocessorPyTorch
 from art.defences.trainer import AdversarialTrainer, AdversarialTrainerMadryPGD
 from art.estimators.classification import HuggingFaceClassifierPyTorch, PyTorchClassifier
-from conftest import INPUT_SHAPE, Chain, Normed, make_attack, make_classifier
+from conftest import INPUT_SHAPE, Chain, Normed, make_attack, make_classifier, observe
 from torch import nn
 
-from art_clat import AdversarialTrainerCLATPyTorch, Budget, measure_criticality
-from art_clat.training.objectives import _OBJECTIVES, FIRST_STAGES, AdversarialCLAT, CleanCLAT
+from art_clat import AdversarialTrainerCLATPyTorch, Budget, LayerOptions, SelectionOptions, measure_criticality
+from art_clat.training.objectives import OBJECTIVES, AdversarialCLAT, CleanCLAT
 
 QUIET = {"verbose": False}
 
 
 def make_trainer(classifier, attacks=None, **kwargs):
-    settings = {"seed": 0, "criticality_weight": 0.1, "freeze_norms": False, **kwargs}
+    settings = {"seed": 0, "criticality_weight": 0.1, "layers": LayerOptions(freeze_norms=False), **kwargs}
     return AdversarialTrainerCLATPyTorch(classifier, attacks or make_attack(classifier), **settings)
 
 
@@ -81,7 +80,7 @@ class TestHabitsOfART:
         batches = []
         original = generator.get_batch
         generator.get_batch = lambda: batches.append(1) or original()
-        trainer = make_trainer(make_classifier(chain), warmup=1, selection_samples=20)
+        trainer = make_trainer(make_classifier(chain), warmup=1, selection=SelectionOptions(samples=20))
         before = snapshot(chain)
         trainer.fit_generator(generator, nb_epochs=3, validation_data=data, **QUIET)
         assert len(batches) == 3 * 3  # what criticality was measured on is trained on too
@@ -91,8 +90,7 @@ class TestHabitsOfART:
 
     def test_a_last_batch_of_a_generator_that_is_smaller_is_trained_on_too(self, chain, data):
         trainer, sizes = make_trainer(make_classifier(chain)), []
-        step = trainer._step
-        trainer._step = lambda stage, guard, x, *args: sizes.append(len(x)) or step(stage, guard, x, *args)
+        observe(trainer, step=lambda loop, step, batch, *args: sizes.append(len(batch)) or step(batch, *args))
         dataset = torch.utils.data.TensorDataset(torch.tensor(data[0][:35]), torch.tensor(data[1][:35]))
         loader = torch.utils.data.DataLoader(dataset, batch_size=16)
         trainer.fit_generator(PyTorchDataGenerator(loader, size=35, batch_size=16), nb_epochs=1, **QUIET)
@@ -108,7 +106,7 @@ class TestHabitsOfART:
         means = []
 
         def rule(candidates):
-            means.append(float(torch.cat([x for x, *_ in candidates.batches]).mean()))
+            means.append(float(torch.cat([batch.x for batch in candidates.batches]).mean()))
             return [1.0] * len(candidates.layers)
 
         trainer = make_trainer(
@@ -156,10 +154,7 @@ class TestHabitsOfART:
         attacks = [FastGradientMethod(classifier, eps=0.1), BasicIterativeMethod(classifier, 0.1, 0.05, 2)]
         trainer = make_trainer(classifier, attacks)
         seen = []
-        perturb = trainer._perturb
-        trainer._perturb = lambda objective, attack, *args: (
-            seen.append(attack.attack) or perturb(objective, attack, *args)
-        )
+        observe(trainer, attack_for=lambda loop, turn, number: seen.append(turn(number).attack) or turn(number))
         trainer.fit(*data, batch_size=16, nb_epochs=2, **QUIET)
         assert seen == attacks * 3
 
@@ -167,14 +162,13 @@ class TestHabitsOfART:
         classifier = make_classifier(chain)
         trainer = make_trainer(classifier, ratio=0.3)
         shares = []
-        perturb = trainer._perturb
 
-        def recording(objective, attack, x, *args):
-            x_adv = perturb(objective, attack, x, *args)
-            shares.append(int((x_adv != x).flatten(1).any(1).sum()))
+        def recording(loop, perturb, batch, number):
+            x_adv = perturb(batch, number)
+            shares.append(int((x_adv != batch.x).flatten(1).any(1).sum()))
             return x_adv
 
-        trainer._perturb = recording
+        observe(trainer, perturb=recording)
         trainer.fit(*data, batch_size=16, nb_epochs=1, **QUIET)
         assert shares == [5, 5, 5]
 
@@ -268,8 +262,12 @@ class TestTheMethod:
 
         perturbed = []
         trainer = make_trainer(classifier, attack, objective=objective, criticality_weight=0.2)
-        perturb = trainer._perturb
-        trainer._perturb = lambda *args: perturbed.append((args[2], args[3], perturb(*args))) or perturbed[-1][-1]
+
+        def recording(loop, perturb, batch, number):
+            perturbed.append((batch.x, batch.y, perturb(batch, number)))
+            return perturbed[-1][-1]
+
+        observe(trainer, perturb=recording)
         trainer.fit(*data, batch_size=len(x), nb_epochs=2, **QUIET)
 
         parameters = list(getattr(reference, name).parameters())
@@ -320,16 +318,15 @@ class TestTheMethod:
         model = Chain()
         classifier = make_classifier(model, lr=1e-4)
         trainer = make_trainer(classifier, reselect_every=1)
-        select = trainer._select
 
-        def after_a_change(progress, *args):
-            if progress.epoch == 1:
+        def after_a_change(loop, select):
+            if loop.progress.epoch == 1:
                 with torch.no_grad():
                     weakest = min(trainer.history.selections[0].measured[:-1], key=lambda layer: layer.criticality)
                     getattr(model, weakest.name).weight.mul_(100)
-            return select(progress, *args)
+            return select()
 
-        trainer._select = after_a_change
+        observe(trainer, select=after_a_change)
         trainer.fit(*data, nb_epochs=2, **QUIET)
         first, second = trainer.history.selections
         assert first.chosen != second.chosen
@@ -366,15 +363,16 @@ def _pgd(network, x, y, eps=0.1, step=0.03, steps=4):
 class TestAverage:
     def test_is_what_is_validated_and_what_the_network_ends_on(self, normed, data):
         trainer = make_trainer(make_classifier(normed), warmup=2, ema_decay=0.6)
-        seen = []
-        step, validate = trainer._step, trainer._validate
+        seen, validated = [], []
 
         def state():
             return {name: tensor.detach().clone() for name, tensor in normed.state_dict().items()}
 
-        trainer._step = lambda *args: (step(*args), seen.append(state()))[0]
-        validated = []
-        trainer._validate = lambda *args, **kwargs: (validated.append(state()), validate(*args, **kwargs))[1]
+        observe(
+            trainer,
+            step=lambda loop, step, *args: (step(*args), seen.append(state()))[0],
+            validate=lambda loop, validate: (validated.append(state()), validate())[1],
+        )
         average = state()
         trainer.fit(*data, validation_data=data, batch_size=16, nb_epochs=3, **QUIET)
         assert len(seen) == 9
@@ -407,7 +405,7 @@ class TestPresets:
         trainer = AdversarialTrainerCLATPyTorch(classifier, make_attack(classifier), selection=["conv2"], seed=0)
         before = snapshot(normed)
         trainer.fit(*data, nb_epochs=1, **QUIET)
-        assert moved(normed, before) == {"conv2.weight"} and trainer.objective == "adversarial"
+        assert moved(normed, before) == {"conv2.weight"} and trainer.options.objective == "adversarial"
 
     def test_papers_trains_them_on_clean_cross_entropy(self, normed, data):
         classifier = make_classifier(normed)
@@ -416,19 +414,23 @@ class TestPresets:
         )
         before = snapshot(normed)
         trainer.fit(*data, nb_epochs=1, **QUIET)
-        assert {"bn2.weight", "bn2.running_mean"} < moved(normed, before) and trainer.objective == "clean"
+        assert {"bn2.weight", "bn2.running_mean"} < moved(normed, before) and trainer.options.objective == "clean"
 
     def test_what_the_user_says_goes_before(self, normed):
         classifier = make_classifier(normed)
         trainer = AdversarialTrainerCLATPyTorch(
-            classifier, make_attack(classifier), preset="paper", objective="pgd_at", freeze_norms=True
+            classifier,
+            make_attack(classifier),
+            preset="paper",
+            objective="pgd_at",
+            layers=LayerOptions(freeze_norms=True),
         )
-        assert trainer.objective == "pgd_at" and trainer.freeze_norms
+        assert trainer.options.objective == "pgd_at" and trainer.options.layers.freeze_norms
 
     def test_larger_layers_keep_their_norms(self, normed):
         classifier = make_classifier(normed)
-        trainer = AdversarialTrainerCLATPyTorch(classifier, make_attack(classifier), granularity=["conv2"])
-        assert not trainer.freeze_norms
+        trainer = AdversarialTrainerCLATPyTorch(classifier, make_attack(classifier), layers=["conv2"])
+        assert not trainer.options.layers.freeze_norms
 
     def test_that_is_none(self, normed):
         classifier = make_classifier(normed)
@@ -441,10 +443,9 @@ class TestArgumentsArrive:
     def test_first_stage(self, chain, data, first_stage):
         trainer = make_trainer(make_classifier(chain), warmup=1, first_stage=first_stage)
         seen = []
-        step = trainer._step
-        trainer._step = lambda stage, *args: seen.append(stage.objective) or step(stage, *args)
+        observe(trainer, step=lambda loop, step, *args: seen.append(loop.stage.objective) or step(*args))
         trainer.fit(*data, batch_size=48, nb_epochs=2, **QUIET)
-        assert [type(objective) for objective in seen] == [FIRST_STAGES[first_stage], AdversarialCLAT]
+        assert [type(objective) for objective in seen] == [OBJECTIVES[first_stage], AdversarialCLAT]
 
     @pytest.mark.parametrize(("budget", "count"), [(0.5, 2), (Budget(count=3), 3), (Budget(parameter_share=0.34), 2)])
     def test_budget_and_selection(self, chain, data, budget, count):
@@ -470,10 +471,10 @@ class TestArgumentsArrive:
 
     def test_an_objective_is_made_of_chosen_layers_only(self, chain, data, monkeypatch):
         class Deepest(CleanCLAT):
-            def __init__(self, network, layers, weight):
-                super().__init__(network, [layers[-1]], weight)
+            def __init__(self, classifier, layers, weight):
+                super().__init__(classifier, [layers[-1]], weight)
 
-        monkeypatch.setitem(_OBJECTIVES, "deepest", (partial(Deepest), 0.1))
+        monkeypatch.setitem(OBJECTIVES, "deepest", Deepest)
         classifier = make_classifier(chain)
         make_trainer(classifier, objective="deepest", selection=["first", "second"]).fit(*data, nb_epochs=1, **QUIET)
         with pytest.raises(ValueError, match="objective='deepest'"):
@@ -507,10 +508,9 @@ class TestArgumentsArrive:
 
     def test_single_step_and_after_norm(self, normed, data):
         classifier = make_classifier(normed)
-        trainer = make_trainer(classifier, objective="clean_single_step", after_norm=True)
+        trainer = make_trainer(classifier, objective="clean_single_step", layers=LayerOptions(after_norm=True))
         seen = []
-        step = trainer._step
-        trainer._step = lambda stage, *args: seen.append(stage.objective) or step(stage, *args)
+        observe(trainer, step=lambda loop, step, *args: seen.append(loop.stage.objective) or step(*args))
         trainer.fit(*data, batch_size=48, nb_epochs=1, **QUIET)
         (objective,) = seen
         assert objective.single_step
@@ -519,7 +519,9 @@ class TestArgumentsArrive:
     @pytest.mark.parametrize("freeze_norms", [False, True])
     def test_freeze_norms(self, normed, data, freeze_norms):
         """Weights and running statistics of a chosen layer's norm."""
-        trainer = make_trainer(make_classifier(normed), selection=["conv2"], freeze_norms=freeze_norms)
+        trainer = make_trainer(
+            make_classifier(normed), selection=["conv2"], layers=LayerOptions(freeze_norms=freeze_norms)
+        )
         before = snapshot(normed)
         trainer.fit(*data, batch_size=16, nb_epochs=1, **QUIET)
         norm = {"bn2.weight", "bn2.bias", "bn2.running_mean", "bn2.running_var", "bn2.num_batches_tracked"}
@@ -530,8 +532,7 @@ class TestArgumentsArrive:
     def test_drop_last(self, chain, data):
         sizes = []
         trainer = make_trainer(make_classifier(chain))
-        step = trainer._step
-        trainer._step = lambda stage, guard, x, *args: sizes.append(len(x)) or step(stage, guard, x, *args)
+        observe(trainer, step=lambda loop, step, batch, *args: sizes.append(len(batch)) or step(batch, *args))
         trainer.fit(*data, batch_size=20, nb_epochs=1, **QUIET)
         trainer.fit(*data, batch_size=20, nb_epochs=1, drop_last=True, **QUIET)
         assert sizes == [20, 20, 8, 20, 20]
@@ -554,7 +555,7 @@ class TestArgumentsArrive:
     def test_first_attack_measures_and_validates(self, chain, data):
         classifier = make_classifier(chain)
         first, second = make_attack(classifier, eps=0.15, eps_step=0.05), FastGradientMethod(classifier, eps=0.01)
-        trainer = make_trainer(classifier, [first, second], selection_samples=48)
+        trainer = make_trainer(classifier, [first, second], selection=SelectionOptions(samples=48))
         with torch.no_grad():
             for parameter in chain.parameters():
                 parameter.mul_(4)  # so that the stronger attack fools where the weaker one does not
@@ -568,11 +569,11 @@ class TestArgumentsArrive:
 
     def test_selection_sample_is_drawn_at_random_but_once(self, chain, data):
         x = np.sort(data[0].reshape(48, -1), axis=0).reshape(data[0].shape)  # the first are the darkest
-        trainer = make_trainer(make_classifier(chain), selection_samples=12, reselect_every=1)
+        trainer = make_trainer(make_classifier(chain), selection=SelectionOptions(samples=12), reselect_every=1)
         samples = []
-        select = trainer._select
-        trainer._select = lambda progress, layers, eligible, sample: (
-            samples.append(torch.cat([x for x, *_ in sample])) or select(progress, layers, eligible, sample)
+        observe(
+            trainer,
+            select=lambda loop, select: samples.append(torch.cat([batch.x for batch in loop.sample])) or select(),
         )
         trainer.fit(x, data[1], nb_epochs=2, batch_size=16, **QUIET)
         assert len(samples[0]) == 12 and torch.equal(*samples)
@@ -597,9 +598,8 @@ class TestArgumentsArrive:
     def test_generator_batches_looked_at_ahead_keep_their_order(self, chain, data):
         generator = NumpyDataGenerator(*data, batch_size=16)
         seen = []
-        trainer = make_trainer(make_classifier(chain), selection_samples=40)
-        step = trainer._step
-        trainer._step = lambda stage, guard, x, *args: seen.append(x) or step(stage, guard, x, *args)
+        trainer = make_trainer(make_classifier(chain), selection=SelectionOptions(samples=40))
+        observe(trainer, step=lambda loop, step, batch, *args: seen.append(batch.x) or step(batch, *args))
         trainer.fit_generator(generator, nb_epochs=1, **QUIET)
         np.testing.assert_array_equal(torch.cat(seen).numpy(), data[0])
 
@@ -644,34 +644,32 @@ class TestFrozenMeansFrozen:
         classifier = make_classifier(model)
         trainer = make_trainer(classifier, reselect_every=1)
         turns = iter(["first", "second", "first"])
-        trainer_select = trainer._select
         momentum = {}
 
-        def in_turn(progress, layers, *args):
-            trainer_select(progress, layers, *args)
+        def in_turn(loop, select):
+            select()
             turn = next(turns)
-            return [layer for layer in layers if layer.name == turn]
+            return [layer for layer in loop.layers if layer.name == turn]
 
-        train_epoch = trainer._train_epoch
+        def recording(loop, train_epoch):
+            held = {n for n, p in model.named_parameters() if p in classifier.optimizer.state}
+            momentum[loop.progress.epoch] = held
+            train_epoch()
 
-        def recording(progress, *args):
-            momentum[progress.epoch] = {n for n, p in model.named_parameters() if p in classifier.optimizer.state}
-            train_epoch(progress, *args)
-
-        trainer._select, trainer._train_epoch = in_turn, recording
+        observe(trainer, select=in_turn, train_epoch=recording)
         trainer.fit(*data, nb_epochs=3, **QUIET)
         assert momentum == {0: set(), 1: set(), 2: set()}
 
     def test_a_layer_that_stays_chosen_keeps_its_momentum(self, chain, data):
         classifier = make_classifier(chain)
         trainer = make_trainer(classifier, reselect_every=1)
-        train_epoch, momentum = trainer._train_epoch, []
+        momentum = []
 
-        def recording(*args):
+        def recording(loop, train_epoch):
             momentum.append({n for n, p in chain.named_parameters() if p in classifier.optimizer.state})
-            train_epoch(*args)
+            train_epoch()
 
-        trainer._train_epoch = recording
+        observe(trainer, train_epoch=recording)
         trainer.fit(*data, nb_epochs=2, **QUIET)
         first, second = (set(s.chosen) for s in trainer.history.selections)
         assert first == second
@@ -687,7 +685,9 @@ class TestFrozenMeansFrozen:
         trained = sum(getattr(normed, name).weight.numel() for name in record.chosen if name != "conv1")
         trained += 12 * len(record.chosen)
         assert (record.trainable_parameters, record.total_parameters) == (trained, total)
-        (line,) = [r.message for r in caplog.records if r.name == "art_clat.trainer" and r.levelno == logging.INFO]
+        (line,) = [
+            r.message for r in caplog.records if r.name == "art_clat.training.loop" and r.levelno == logging.INFO
+        ]
         assert f"{trained:,} of {total:,} parameters ({100 * trained / total:.2f} %)" in line
         assert all(name in line for name in record.chosen)
 
@@ -823,7 +823,7 @@ class TestNonFinite:
         attack = FastGradientMethod(classifier, eps=0.0)
         before = snapshot(chain)
         trainer = make_trainer(classifier, attack, warmup=1)
-        trainer._perturb = lambda objective, attack, x, *args: x
+        observe(trainer, perturb=lambda loop, perturb, batch, number: batch.x)
         with pytest.raises(FloatingPointError, match="step is not finite"):
             trainer.fit(*data, nb_epochs=1, **QUIET)
         assert not moved(chain, before)
@@ -846,14 +846,17 @@ class TestBadInput:
             ("ratio", 0), ("ratio", 1.5), ("ratio", float("nan")), ("budget", 0),
             ("budget", 1.01), ("criticality_weight", -0.1), ("criticality_weight", float("nan")),
             ("warmup", -1), ("warmup", 1.5),
-            ("reselect_every", 0), ("objective", "both"), ("first_stage", "clean"), ("selection_samples", 0),
+            ("reselect_every", 0), ("objective", "both"), ("first_stage", "clean"), ("samples", 0),
             ("seed", -1), ("selection", "worst"), ("ema_decay", 1.0), ("ema_decay", 0),
             ("seed", 2**32), ("budget", "5%"),
         ],
     )  # fmt: skip
     def test_arguments(self, chain, argument, value):
         with pytest.raises(ValueError, match=f"`{argument}`"):
-            make_trainer(make_classifier(chain), **{argument: value})
+            if argument == "samples":
+                make_trainer(make_classifier(chain), selection=SelectionOptions(samples=value))
+            else:
+                make_trainer(make_classifier(chain), **{argument: value})
 
     def test_classifiers(self, chain):
         with pytest.raises(TypeError, match="`classifier` must be an ART PyTorchClassifier"):
@@ -972,6 +975,6 @@ class TestBadInput:
         model = nn.Sequential(nn.Flatten(), nn.Linear(72, 4))
         with pytest.raises(ValueError, match="head_eligible"):
             make_trainer(make_classifier(model)).fit(*data, **QUIET)
-        trainer = make_trainer(make_classifier(model), head_eligible=True)
+        trainer = make_trainer(make_classifier(model), layers=LayerOptions(head_eligible=True))
         trainer.fit(*data, nb_epochs=1, **QUIET)
         assert trainer.history.selections[0].chosen == ("1",)

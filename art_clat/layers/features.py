@@ -185,6 +185,11 @@ class Features:
         with tap(self._sites, compare, stop=stop):
             yield
 
+    @property
+    def nb_kept(self) -> int:
+        """Number of features that are kept at the moment."""
+        return sum(map(len, self._kept.values()))
+
     def distance(self, layer: Layer) -> torch.Tensor:
         """
         Give ``‖F_i(x+δ) − F_i(x)‖_2`` of every sample.
