@@ -40,7 +40,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.transforms import v2
 
-from art_clat import AdversarialTrainerCLATPyTorch, Budget, create_backbone, evaluate_robustness, measure_criticality
+from art_clat import (
+    AdversarialTrainerCLATPyTorch,
+    Budget,
+    LayerOptions,
+    PerformanceOptions,
+    SelectionOptions,
+    create_backbone,
+    evaluate_robustness,
+    measure_criticality,
+)
 
 try:
     import tomllib

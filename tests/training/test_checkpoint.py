@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from art.attacks.evasion import FastGradientMethod
-from conftest import Chain, Normed, make_attack, make_classifier, make_data
+from conftest import Chain, Normed, make_attack, make_classifier, make_data, observe
 from safetensors.torch import load_file
 from torch import nn
 from torch.optim import lr_scheduler as lr
@@ -68,7 +68,7 @@ def make_run(
     attacks = [make_attack(classifier, num_random_init=1), FastGradientMethod(classifier, eps=0.1)]
     settings = {
         "ratio": 0.7, "warmup": 2, "reselect_every": 2, "criticality_weight": 0.1, "budget": 0.4, "seed": 3,
-        "augmentation": v2.RandomHorizontalFlip(), "ema_decay": 0.8, "freeze_norms": False, **kwargs,
+        "augmentation": v2.RandomHorizontalFlip(), "ema_decay": 0.8, "layers": LayerOptions(freeze_norms=False), **kwargs,
     }  # fmt: skip
     trainer = AdversarialTrainerCLATPyTorch(classifier, attacks, **settings)
     make_scheduler = scheduler or (lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=8))
@@ -105,15 +105,15 @@ def without_seconds(history):
 
 def interrupt(trainer, at):
     """Let the trainer fail in its batch number `at`."""
-    step, batches = trainer._step, []
+    batches = []
 
-    def failing(*args):
+    def failing(loop, step, *args):
         batches.append(1)
         if len(batches) == at:
             raise KeyboardInterrupt
         return step(*args)
 
-    trainer._step = failing
+    observe(trainer, step=failing)
 
 
 def fit_in_two_goes(network, folder, at):
@@ -158,8 +158,7 @@ class TestResume:
         with pytest.raises(KeyboardInterrupt):
             fit(broken, tmp_path)
         resumed, steps = make_run(), []
-        step = resumed[0]._step
-        resumed[0]._step = lambda *args: steps.append(1) or step(*args)
+        observe(resumed[0], step=lambda loop, step, *args: steps.append(1) or step(*args))
         fit(resumed, tmp_path)
         assert len(steps) == 36 - 18  # six batches an epoch, saved after every second
 
@@ -167,15 +166,14 @@ class TestResume:
     def test_the_same_objects_can_go_on(self, tmp_path, scheduler):
         """As in a notebook: the scheduler has changed the learning rate when `fit` is called again."""
         run = make_run(scheduler=scheduler)
-        step = run[0]._step
         interrupt(run[0], 29)
         with pytest.raises(KeyboardInterrupt):
             fit(run, tmp_path)
-        run[0]._step = step
+        run[0].loop_class = TrainingLoop
         assert_equal(fit(run, tmp_path), fit(make_run(scheduler=scheduler)))
 
     def test_a_finished_run_is_given_back_as_it_ended_and_the_log_says_so(self, tmp_path, caplog):
-        caplog.set_level("INFO", "art_clat.trainer")
+        caplog.set_level("INFO", "art_clat.training.loop")
         first = make_run()
         expected = fit(first, tmp_path)
         assert "is finished" not in caplog.text

@@ -10,14 +10,18 @@ from art_clat.layers.discovery import find_layers
 from art_clat.models.tensor_classifier import TensorClassifier
 from art_clat.training.objectives import (
     MART,
+    OBJECTIVES,
     TRADES,
     AdversarialCLAT,
     AdversarialTraining,
     CleanCLAT,
-    make_objective,
-    objectives,
+    RelativeCLAT,
+    SingleStepCLAT,
+    find_objective,
+    list_objectives,
     register_objective,
 )
+from art_clat.utils.batch import Batch
 
 CHOSEN = ("second", "hidden")
 WEIGHT = 0.3
@@ -54,7 +58,7 @@ def test_loss_and_gradient_are_those_of_the_equations(chain, case, reading):
     expected = cross_entropy + WEIGHT * distance
     parameters = list(chain.parameters())
     expected_gradients = torch.autograd.grad(expected, parameters)
-    got = objective.loss(x, x_adv, y)
+    got = objective.loss(Batch.whole(x, y), x_adv)
     torch.testing.assert_close(got.loss, expected)
     torch.testing.assert_close(got.cross_entropy, cross_entropy.detach())
     torch.testing.assert_close(got.criticality_loss, distance.detach())
@@ -81,7 +85,7 @@ def test_statistics_are_those_of_the_pass_with_the_cross_entropy(normed, data, r
     buffers = dict(normed.named_buffers())
     loss = nn.functional.cross_entropy(reference(x_adv if reading == "adversarial" else x), y)
     objective = (AdversarialCLAT if reading == "adversarial" else CleanCLAT)(network, chosen, 0.0)
-    got = objective.loss(x, x_adv, y).loss
+    got = objective.loss(Batch.whole(x, y), x_adv).loss
     expected = torch.autograd.grad(loss, list(reference.parameters()))
     for one, other in zip(torch.autograd.grad(got, list(normed.parameters())), expected, strict=True):
         torch.testing.assert_close(one, other)
@@ -92,15 +96,15 @@ def test_statistics_are_those_of_the_pass_with_the_cross_entropy(normed, data, r
 
 def test_inner_attack_of_eq_5_ascends_the_feature_distance_not_the_loss(chain, case):
     network, chosen, x, _, y = case
-    attack = TensorAttack(make_attack(network.classifier, eps=0.1, eps_step=0.02, max_iter=20), network)
+    attack = TensorAttack(make_attack(network.estimator, eps=0.1, eps_step=0.02, max_iter=20), network)
     objective = CleanCLAT(network, chosen, WEIGHT)
-    x_adv = objective.perturb(attack, x, y)
+    x_adv = objective.perturb(attack, Batch.whole(x, y))
     assert (x_adv - x).abs().max() <= 0.1 + 1e-6
     with torch.no_grad():
         on_features = distance_by_hand(chain, x, x_adv)
-        on_output = distance_by_hand(chain, x, attack(x, y))
+        on_output = distance_by_hand(chain, x, attack(Batch.whole(x, y)))
         at_random = distance_by_hand(chain, x, (x + 0.1 * torch.randn_like(x).sign()).clamp(0, 1))
-        loss = [nn.functional.cross_entropy(chain(z), y) for z in (x_adv, attack(x, y))]
+        loss = [nn.functional.cross_entropy(chain(z), y) for z in (x_adv, attack(Batch.whole(x, y)))]
     assert on_features.mean() > 1.05 * on_output.mean()
     assert (on_features > at_random).all()
     assert loss[0] < loss[1]
@@ -113,7 +117,7 @@ def test_whole_networks_are_trained_on_the_preprocessing_of_training(case, monke
     monkeypatch.setattr(network, "loss", lambda *args, fit=False: fits.append(fit) or loss(*args, fit=fit))
     for layers, fit in ((None, True), (chosen, False)):
         fits.clear()
-        cls(network, layers).loss(x, x_adv, y)
+        cls(network, layers, 1.0).loss(Batch.whole(x, y), x_adv)
         assert fits == [fit] * len(fits) and fits
 
 
@@ -123,28 +127,29 @@ def test_inner_attack_of_eq_5_has_no_momentum(case, single_step):
     found = []
     for decay in (None, 0.9):
         torch.manual_seed(0)
-        attack = TensorAttack(make_attack(network.classifier, decay=decay, norm=2, eps=0.5, eps_step=0.2), network)
-        found.append(CleanCLAT(network, chosen, WEIGHT, single_step=single_step).perturb(attack, x, y))
+        attack = TensorAttack(make_attack(network.estimator, decay=decay, norm=2, eps=0.5, eps_step=0.2), network)
+        cls = SingleStepCLAT if single_step else CleanCLAT
+        found.append(cls(network, chosen, WEIGHT).perturb(attack, Batch.whole(x, y)))
     assert torch.equal(*found)
 
 
 def test_inner_attack_of_eq_5_ignores_the_labels(case):
     network, chosen, x, _, y = case
-    attack = TensorAttack(make_attack(network.classifier), network)
+    attack = TensorAttack(make_attack(network.estimator), network)
     objective = CleanCLAT(network, chosen, WEIGHT)
     results = []
     for labels in (y, (y + 1) % 4):
         torch.manual_seed(5)
-        results.append(objective.perturb(attack, x, labels))
+        results.append(objective.perturb(attack, Batch.whole(x, labels)))
     assert torch.equal(*results)
 
 
 def test_single_step_goes_to_the_edge_of_the_ball(case):
     network, chosen, x, _, y = case
-    attack = TensorAttack(make_attack(network.classifier, eps=0.1, eps_step=0.001), network)
+    attack = TensorAttack(make_attack(network.estimator, eps=0.1, eps_step=0.001), network)
     calls = []
     handle = network.model.first.register_forward_hook(lambda *_: calls.append(1))
-    x_adv = CleanCLAT(network, chosen, WEIGHT, single_step=True).perturb(attack, x, y)
+    x_adv = SingleStepCLAT(network, chosen, WEIGHT).perturb(attack, Batch.whole(x, y))
     handle.remove()
     assert len(calls) == 2  # the clean features, and one step
     inside = (x_adv > 0) & (x_adv < 1)
@@ -154,9 +159,9 @@ def test_single_step_goes_to_the_edge_of_the_ball(case):
 @pytest.mark.parametrize("objective", [AdversarialTraining, AdversarialCLAT])
 def test_one_ordinary_attack(case, objective):
     network, chosen, x, _, y = case
-    attack = TensorAttack(make_attack(network.classifier), network)
-    made = objective(network) if objective is AdversarialTraining else objective(network, chosen, WEIGHT)
-    assert torch.equal(made.perturb(attack, x, y), attack(x, y))
+    attack = TensorAttack(make_attack(network.estimator), network)
+    made = objective(network, None if objective is AdversarialTraining else chosen, WEIGHT)
+    assert torch.equal(made.perturb(attack, Batch.whole(x, y)), attack(Batch.whole(x, y)))
 
 
 def test_the_networks_own_preprocessing_and_loss_are_used(chain, data):
@@ -164,12 +169,12 @@ def test_the_networks_own_preprocessing_and_loss_are_used(chain, data):
     network = TensorClassifier(make_classifier(chain, loss=loss, preprocessing=(0.4, 0.25)))
     x, y = torch.tensor(data[0]), torch.tensor(data[1])
     expected = loss(chain.features((x - 0.4) / 0.25)["head"], y)
-    torch.testing.assert_close(AdversarialTraining(network).loss(x, x, y).loss, expected)
+    torch.testing.assert_close(AdversarialTraining(network, None, 0.0).loss(Batch.whole(x, y), x).loss, expected)
 
 
 def test_relative_distance_is_that_over_the_length_of_the_feature(chain, case):
     network, chosen, x, x_adv, y = case
-    got = AdversarialCLAT(network, chosen, WEIGHT, relative=True).loss(x, x_adv, y)
+    got = RelativeCLAT(network, chosen, WEIGHT).loss(Batch.whole(x, y), x_adv)
     clean, perturbed = chain.features(x), chain.features(x_adv)
     ratios = [
         ((perturbed[name][i] - clean[name][i]).norm() / clean[name][i].norm()) for name in CHOSEN for i in range(len(x))
@@ -186,7 +191,7 @@ def test_relative_distance_is_that_over_the_length_of_the_feature(chain, case):
 
 def test_trades_is_clean_cross_entropy_and_divergence(chain, case):
     network, _, x, x_adv, y = case
-    got = TRADES(network, None, 6.0).loss(x, x_adv, y)
+    got = TRADES(network, None, 6.0).loss(Batch.whole(x, y), x_adv)
     clean, perturbed = chain.features(x)["head"], chain.features(x_adv)["head"]
     divergence = nn.functional.kl_div(perturbed.log_softmax(1), clean.softmax(1), reduction="batchmean")
     torch.testing.assert_close(got.loss, nn.functional.cross_entropy(clean, y) + 6 * divergence)
@@ -196,28 +201,28 @@ def test_trades_is_clean_cross_entropy_and_divergence(chain, case):
 
 def test_trades_climbs_the_divergence_from_close_by(chain, case):
     network, _, x, _, y = case
-    attack = TensorAttack(make_attack(network.classifier, eps=0.1, eps_step=0.02, max_iter=20), network)
+    attack = TensorAttack(make_attack(network.estimator, eps=0.1, eps_step=0.02, max_iter=20), network)
 
     def divergence(z):
         p, q = chain.features(x)["head"].softmax(1), chain.features(z)["head"].log_softmax(1)
         return nn.functional.kl_div(q, p, reduction="batchmean").item()
 
-    trades = TRADES(network).perturb(attack, x, y)
+    trades = TRADES(network, None, 6.0).perturb(attack, Batch.whole(x, y))
     assert (trades - x).abs().max() <= 0.1 + 1e-6 and trades.min() >= 0 and trades.max() <= 1
     noise = (x + 0.1 * torch.randn_like(x).sign()).clamp(0, 1)
     assert divergence(trades) > 2 * divergence(noise)
     wrong = (y + 1) % 4  # the labels do not matter
     torch.manual_seed(0)
-    one = TRADES(network).perturb(attack, x, y)
+    one = TRADES(network, None, 6.0).perturb(attack, Batch.whole(x, y))
     torch.manual_seed(0)
-    assert torch.equal(TRADES(network).perturb(attack, x, wrong), one)
-    attack = TensorAttack(make_attack(network.classifier, eps=0.1, eps_step=0.0001, max_iter=1), network)
-    assert (TRADES(network).perturb(attack, x, y) - x).abs().max() < 0.01
+    assert torch.equal(TRADES(network, None, 6.0).perturb(attack, Batch.whole(x, wrong)), one)
+    attack = TensorAttack(make_attack(network.estimator, eps=0.1, eps_step=0.0001, max_iter=1), network)
+    assert (TRADES(network, None, 6.0).perturb(attack, Batch.whole(x, y)) - x).abs().max() < 0.01
 
 
 def test_mart_by_hand(chain, case):
     network, _, x, x_adv, y = case
-    got = MART(network, None, 5.0).loss(x, x_adv, y)
+    got = MART(network, None, 5.0).loss(Batch.whole(x, y), x_adv)
     p, q = chain.features(x)["head"].softmax(1), chain.features(x_adv)["head"].softmax(1)
     total = 0
     for clean, perturbed, label in zip(p, q, y, strict=True):
@@ -229,13 +234,13 @@ def test_mart_by_hand(chain, case):
     torch.testing.assert_close(one_hot.loss, got.loss)
 
 
-@pytest.mark.parametrize("name", objectives())
+@pytest.mark.parametrize("name", list_objectives())
 def test_every_objective_trains_the_chosen_layers(chain, case, name):
     network, chosen, x, _, y = case
-    attack = TensorAttack(make_attack(network.classifier), network)
-    objective = make_objective(name, network, chosen, 0.5)
-    x_adv = objective.perturb(attack, x, y)
-    got = objective.loss(x, x_adv, y)
+    attack = TensorAttack(make_attack(network.estimator), network)
+    objective = find_objective(name)(network, chosen, 0.5)
+    x_adv = objective.perturb(attack, Batch.whole(x, y))
+    got = objective.loss(Batch.whole(x, y), x_adv)
     assert 0 < (x_adv - x).abs().max() <= 0.1 + 1e-6
     torch.testing.assert_close(
         got.loss.detach(), got.cross_entropy + (0.5 * got.criticality_loss if name != "pgd_at" else 0)
@@ -248,15 +253,14 @@ def test_every_objective_trains_the_chosen_layers(chain, case, name):
 def test_users_own_objective(case):
     network, chosen, *_ = case
 
-    @register_objective("doubled, for a test", weight=0.3)
+    @register_objective("doubled, for a test")
     class Doubled(AdversarialCLAT):
-        pass
+        default_weight = 0.3
 
     try:
-        assert isinstance(make_objective("doubled, for a test", network, chosen, 0.1), Doubled)
+        assert isinstance(find_objective("doubled, for a test")(network, chosen, 0.1), Doubled)
+        assert "doubled, for a test" in list_objectives() and "doubled, for a test" not in list_objectives(first_stage=True)
         with pytest.raises(ValueError, match="already"):
-            register_objective("doubled, for a test", weight=0.3)(Doubled)
+            register_objective("doubled, for a test")(type("Other", (Doubled,), {}))
     finally:
-        from art_clat.training.objectives import _OBJECTIVES
-
-        del _OBJECTIVES["doubled, for a test"]
+        del OBJECTIVES["doubled, for a test"]
