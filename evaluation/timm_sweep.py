@@ -35,11 +35,11 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 from torch.overrides import TorchFunctionMode
 
-from art_clat import AdversarialTrainerCLATPyTorch, create_backbone, measure_criticality
+from art_clat import AdversarialTrainerCLATPyTorch, LayerOptions, create_backbone, measure_criticality
 from art_clat.layers.features import Features
 from art_clat.layers.freezing import only_trainable
 from art_clat.models.tensor_classifier import TensorClassifier
-from art_clat.selection.rules import eligible_layers
+from art_clat.selection.choice import eligible_layers
 from art_clat.utils.modes import evaluation_mode
 
 NB_CLASSES, NB_IMAGES, EPS = 10, 4, 8 / 255
@@ -199,7 +199,7 @@ def try_model(model, side, seed):
     for layer in {layers[0], layers[len(layers) // 2], critical}:
         check_early_stop(network, layer, inputs, inputs + noise)
 
-    trainer = AdversarialTrainerCLATPyTorch(classifier, attack, freeze_norms=False, seed=seed)
+    trainer = AdversarialTrainerCLATPyTorch(classifier, attack, layers=LayerOptions(freeze_norms=False), seed=seed)
     state = state_of(model)
     trainer.fit(x, y, batch_size=NB_IMAGES // 2, nb_epochs=1, verbose=False)
     check_same_state(state, model, "training")
@@ -219,7 +219,7 @@ def try_model(model, side, seed):
 def try_blocks(network, x, x_adv):
     """Give the number of timm's blocks, or why they cannot be layers."""
     try:
-        blocks = network.find_layers(x, granularity="block")
+        blocks = network.find_layers(x, LayerOptions("block"))
         check_samples_apart(network, blocks, x, x_adv)
     except (ValueError, AssertionError) as error:
         return str(error)

@@ -25,7 +25,13 @@ from torch import nn
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import v2
 
-from art_clat import AdversarialTrainerCLATPyTorch, create_backbone, evaluate_robustness, write_robustbench_entry
+from art_clat import (
+    AdversarialTrainerCLATPyTorch,
+    PerformanceOptions,
+    create_backbone,
+    evaluate_robustness,
+    write_robustbench_entry,
+)
 from art_clat.utils.plots import save
 
 EPS = 8 / 255
@@ -76,7 +82,7 @@ def main():
         reselect_every=args.reselect_every,
         objective=args.objective,
         augmentation=v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()]),
-        amp=args.amp,
+        performance=PerformanceOptions(amp=args.amp),
         seed=args.seed,
     )
     trainer.fit(

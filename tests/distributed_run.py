@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 from art.data_generators import NumpyDataGenerator
-from conftest import NB_CLASSES, Chain, Normed, OwnBatchNorm, make_attack, make_classifier, make_data
+from conftest import NB_CLASSES, Chain, Normed, OwnBatchNorm, make_attack, make_classifier, make_data, observe
 from torch import nn
 from torchvision.transforms import v2
 
-from art_clat import AdversarialTrainerCLATPyTorch
+from art_clat import AdversarialTrainerCLATPyTorch, LayerOptions, PerformanceOptions, SelectionOptions
 from art_clat.training import checkpoint
 from art_clat.utils.processes import Ranks, _leave
 
@@ -21,7 +21,11 @@ from art_clat.utils.processes import Ranks, _leave
 CONFIGURATIONS = {
     "adversarial": ({"objective": "adversarial"}, {}),
     "clean, augmented, channels last": (
-        {"objective": "clean", "augmentation": v2.RandomHorizontalFlip(), "channels_last": True},
+        {
+            "objective": "clean",
+            "augmentation": v2.RandomHorizontalFlip(),
+            "performance": PerformanceOptions(channels_last=True),
+        },
         {},
     ),
     "a share of odd batches, several layers": ({"ratio": 0.6, "budget": 0.5}, {"batch_size": 15}),
@@ -44,8 +48,10 @@ def make_trainer(*, numpy=False, dropout=0.0, norm=None, **kwargs):
     attacks = [make_attack(classifier, num_random_init=1)]
     if numpy:
         attacks.append(make_attack(classifier, norm=3, eps=0.5, eps_step=0.2))
-    settings = {"warmup": 2, "reselect_every": 2, "criticality_weight": 0.1, "selection_samples": 33, "seed": 0}
-    return AdversarialTrainerCLATPyTorch(classifier, attacks, **{"freeze_norms": False, **settings, **kwargs})
+    selection = SelectionOptions(kwargs.pop("selection", "criticality"), samples=33)
+    settings = {"warmup": 2, "reselect_every": 2, "criticality_weight": 0.1, "seed": 0, "selection": selection}
+    settings["layers"] = LayerOptions(freeze_norms=False)
+    return AdversarialTrainerCLATPyTorch(classifier, attacks, **{**settings, **kwargs})
 
 
 def fit(trainer, data=None, **kwargs):
@@ -146,16 +152,19 @@ def make_trainer_with(*, model=None, loss=None, momentum=0, factor=None):
     if momentum:
         for parameter in model.parameters():
             classifier.optimizer.state[parameter]["momentum_buffer"] = torch.ones_like(parameter)
-    return AdversarialTrainerCLATPyTorch(classifier, make_attack(classifier), warmup=2, freeze_norms=False, seed=0)
+    return AdversarialTrainerCLATPyTorch(
+        classifier, make_attack(classifier), warmup=2, layers=LayerOptions(freeze_norms=False), seed=0
+    )
 
 
 def hooks_left(output):
     trainer = make_trainer(dropout=0.3, seed=None)
     before = {name: p.requires_grad for name, p in trainer.classifier.model.named_parameters()}
     seen, left_out, written = [], [], []
-    step, write, dropout = trainer._step, checkpoint.write, trainer.classifier.model.dropout
-    trainer._step = lambda stage, guard, x, *args: (
-        seen.append(x.sum((1, 2, 3)).tolist()) or step(stage, guard, x, *args)
+    write, dropout = checkpoint.write, trainer.classifier.model.dropout
+    observe(
+        trainer,
+        step=lambda loop, step, batch, *args: seen.append(batch.x.sum((1, 2, 3)).tolist()) or step(batch, *args),
     )
     checkpoint.write = lambda *args: written.append(1) or write(*args)
 
@@ -196,15 +205,15 @@ def main():
             join = Ranks.join
             Ranks.join = classmethod(lambda cls, device: join(device, datetime.timedelta(seconds=5)))
         trainer = make_trainer()
-        step, steps = trainer._step, []
+        steps = []
 
-        def dying(*args):
+        def dying(loop, step, *args):
             steps.append(1)
             if len(steps) == 11 and rank == 1:
                 os._exit(9) if task == "die" else time.sleep(600)
             return step(*args)
 
-        trainer._step = dying
+        observe(trainer, step=dying)
         fit(trainer, checkpoint=output, checkpoint_every=1)
         return
     result = {"compare": compare, "refuse": lambda: refuse(output), "hooks": lambda: hooks_left(output)}[task]()

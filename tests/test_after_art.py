@@ -14,7 +14,7 @@ from art.defences.trainer import (
 )
 from conftest import Normed, make_attack, make_classifier
 
-from art_clat import AdversarialTrainerCLATPyTorch
+from art_clat import AdversarialTrainerCLATPyTorch, LayerOptions
 
 
 def madry(classifier):
@@ -58,7 +58,9 @@ def test_goes_on_from_there(data, make):
     trained = copy.deepcopy(model.state_dict())
     assert all(not torch.equal(trained[name], before[name]) for name, _ in model.named_parameters())
 
-    trainer = AdversarialTrainerCLATPyTorch(classifier, make_attack(classifier), freeze_norms=False, seed=0)
+    trainer = AdversarialTrainerCLATPyTorch(
+        classifier, make_attack(classifier), layers=LayerOptions(freeze_norms=False), seed=0
+    )
     if make is fbf:
         with pytest.raises(ValueError, match="learning rate 0"):
             trainer.fit(*data, batch_size=16, nb_epochs=1, verbose=False)

@@ -127,6 +127,9 @@ class Features:
     :param lengths: Measure also how long the features themselves are, see :meth:`relative_distance`.
     """
 
+    #: Whether passes end after the last layer if they may; `False` shows what that saves.
+    stops_early = True
+
     def __init__(self, layers: Sequence[Layer], *, inputs: bool = False, lengths: bool = False) -> None:
         self.layers = list(layers)
         self._sites = [layer.output for layer in layers]
@@ -149,7 +152,7 @@ class Features:
         def keep(site: Site, feature: torch.Tensor) -> None:
             self._kept[site].append(feature.clone())
 
-        with tap(self._sites, keep, stop=stop):
+        with tap(self._sites, keep, stop=stop and self.stops_early):
             yield
 
     @contextmanager
@@ -167,7 +170,7 @@ class Features:
             clean = kept.pop(0) if forget else kept[call]
             self._compare(site, clean.float(), feature.float())
 
-        with tap(self._sites, compare, stop=stop):
+        with tap(self._sites, compare, stop=stop and self.stops_early):
             yield
 
     @contextmanager
@@ -182,7 +185,7 @@ class Features:
         def compare(site: Site, feature: torch.Tensor) -> None:
             self._compare(site, *feature.float().chunk(2))
 
-        with tap(self._sites, compare, stop=stop):
+        with tap(self._sites, compare, stop=stop and self.stops_early):
             yield
 
     @property

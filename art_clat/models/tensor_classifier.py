@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -173,9 +173,17 @@ class TensorClassifier:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.performance.amp):
             if whole and self._compiled is not None:
                 return self._compiled(x).float()
-            with BatchNorms(self.ranks, self._factors) if self._has_norms else nullcontext():
+            with self.batch_norms():
                 output = self._run(x)
         return output.float() if self.performance.amp else output
+
+    def batch_norms(self) -> AbstractContextManager[object]:
+        """
+        Return the context in which the BatchNorms of a forward pass are computed.
+
+        :return: One that does nothing if the network has none.
+        """
+        return BatchNorms(self.ranks, self._factors) if self._has_norms else nullcontext()
 
     @contextmanager
     def attacked(self) -> Iterator[None]:

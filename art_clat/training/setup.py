@@ -13,7 +13,7 @@ from art_clat.training.averaging import Average
 from art_clat.training.checkpoint import Checkpoint, Keeper, fingerprint_of_state
 from art_clat.training.checks import check_loss_learns_nothing, check_shareable
 from art_clat.training.description import describe
-from art_clat.utils.descriptions import fingerprint
+from art_clat.utils.descriptions import fingerprint, flattened
 from art_clat.utils.processes import Ranks
 
 #: Inputs and labels, on the CPU.
@@ -52,7 +52,7 @@ def make_keeper(
     if has_checkpoint or ranks.size > 1:
         check_loss_learns_nothing(estimator)
         facts = {
-            **options.describe(),
+            **flattened(options.describe()),
             **fit.describe(),
             "the inputs": fingerprint(data[0]),
             "the labels": fingerprint(data[1]),

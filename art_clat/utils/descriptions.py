@@ -69,6 +69,20 @@ def settings_of(thing: object, values: Mapping[str, object]) -> dict[str, object
     return {"class": type(thing).__name__, **public}
 
 
+def flattened(facts: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """
+    Name the entries of nested dictionaries by their paths, ``"layers.granularity"``.
+
+    :param facts: Names, and values or dictionaries of them.
+    :param prefix: What every name begins with.
+    :return: Names and values.
+    """
+    flat: dict[str, object] = {}
+    for name, value in facts.items():
+        flat |= flattened(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
 def text_of(value: object) -> str:
     """
     Write a setting so that it reads the same in another process.

@@ -15,13 +15,15 @@ from torch import nn
 from art_clat.attacks.balls import L1Ball, L2Ball, LinfBall
 from art_clat.attacks.tensor_attack import TensorAttack
 from art_clat.models.tensor_classifier import TensorClassifier
+from art_clat.utils.batch import Batch
 
 NORMS = [np.inf, "inf", 2, 1]
 SIZES = {np.inf: 0.1, "inf": 0.1, 2: 0.5, 1: 2.0}
 
 
 def run(attack, classifier, x, y):
-    return TensorAttack(attack, TensorClassifier(classifier))(torch.tensor(x), torch.tensor(y)).numpy()
+    batch = Batch.whole(torch.tensor(x), torch.tensor(y))
+    return TensorAttack(attack, TensorClassifier(classifier))(batch).numpy()
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -79,7 +81,7 @@ def test_changing_the_attack_takes_effect(chain, data):
     attack = make_attack(classifier, eps=0.1)
     ours = TensorAttack(attack, TensorClassifier(classifier))
     attack.set_params(eps=0.02)
-    assert (ours(*map(torch.tensor, data)) - torch.tensor(data[0])).abs().max() < 0.021
+    assert (ours(Batch.whole(*map(torch.tensor, data))) - torch.tensor(data[0])).abs().max() < 0.021
 
 
 @pytest.mark.parametrize(("ball", "order", "eps"), [(LinfBall, np.inf, 0.3), (L2Ball, 2, 1.5), (L1Ball, 1, 4.0)])
@@ -124,7 +126,7 @@ def test_any_other_attack_runs_through_its_own_generate(chain, data):
     attack = DeepFool(classifier, max_iter=5, verbose=True, batch_size=16)
     ours = TensorAttack(attack, TensorClassifier(classifier))
     assert ours.ascent is None
-    x_adv = ours(*map(torch.tensor, data))
+    x_adv = ours(Batch.whole(*map(torch.tensor, data)))
     np.testing.assert_allclose(x_adv.numpy(), attack.generate(*data), atol=1e-6)
     assert attack.verbose is True
 
@@ -171,7 +173,7 @@ def test_the_attack_leaves_modes_gradients_and_inputs_alone(normed, data):
     normed.bn2.eval()
     state = {name: value.clone() for name, value in normed.state_dict().items()}
     x = torch.tensor(data[0])
-    TensorAttack(make_attack(classifier), TensorClassifier(classifier))(x, torch.tensor(data[1]))
+    TensorAttack(make_attack(classifier), TensorClassifier(classifier))(Batch.whole(x, torch.tensor(data[1])))
     assert normed.training and normed.bn1.training and not normed.bn2.training
     assert all(p.grad is None for p in normed.parameters())
     assert all(torch.equal(value, state[name]) for name, value in normed.state_dict().items())

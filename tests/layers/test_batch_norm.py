@@ -7,6 +7,7 @@ from torch import nn
 from art_clat.attacks.tensor_attack import TensorAttack
 from art_clat.layers.batch_norm import BatchNorms
 from art_clat.models.tensor_classifier import TensorClassifier
+from art_clat.utils.batch import Batch
 from art_clat.utils.processes import Ranks
 
 
@@ -38,16 +39,16 @@ def test_frozen_norms_give_the_bits_that_torch_gives(arguments, memory_format):
 def test_constants_are_computed_once_an_attack_and_anew_for_the_next(normed, data):
     """Also where an optimiser writes to ``.data``, which no version counter sees."""
     network = TensorClassifier(make_classifier(normed))
-    attack = TensorAttack(make_attack(network.classifier, max_iter=5), network)
+    attack = TensorAttack(make_attack(network.estimator, max_iter=5), network)
     x, y = map(torch.tensor, data)
     with pytest.MonkeyPatch.context() as patch:
         calls, sqrt = [], torch.sqrt
         patch.setattr(torch, "sqrt", lambda *args: calls.append(1) or sqrt(*args))
-        attack(x, y)
+        attack(Batch.whole(x, y))
     assert len(calls) == 3  # one for each norm
     normed.bn1.weight.data.mul_(-1)
     normed.bn2.running_var.data.mul_(9)
-    np.testing.assert_array_equal(attack(x, y).numpy(), attack.attack.generate(*data))
+    np.testing.assert_array_equal(attack(Batch.whole(x, y)).numpy(), attack.attack.generate(*data))
 
 
 @pytest.mark.parametrize(

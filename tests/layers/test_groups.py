@@ -6,7 +6,7 @@ import torch
 from conftest import NB_CLASSES, Normed, make_attack, make_classifier
 from torch import nn
 
-from art_clat import AdversarialTrainerCLATPyTorch, create_backbone, measure_criticality
+from art_clat import AdversarialTrainerCLATPyTorch, LayerOptions, create_backbone, measure_criticality
 from art_clat.layers.discovery import find_layers
 from art_clat.layers.freezing import train_only
 from art_clat.layers.groups import find_groups
@@ -110,9 +110,6 @@ def test_module_that_is_never_called_gives_what_its_last_one_gives():
 @pytest.mark.parametrize(
     ("granularity", "error", "match"),
     [
-        ("layers", ValueError, r"must be 'layer', 'block' or a list.*\['layers'\]"),
-        (3, TypeError, "`granularity` must be"),
-        ([3], TypeError, "`granularity` must be"),
         ([], ValueError, "empty list"),
         (["stern"], ValueError, "'stern' matches no module.*Close to it: 'stem'"),
         (["stem", "block"], ValueError, "'block' matches no module.*'blocks'"),
@@ -128,18 +125,33 @@ def test_what_does_not_fit_is_refused(granularity, error, match):
         layers_of(Nested(), granularity, 2, 6, 6)
 
 
+@pytest.mark.parametrize(
+    ("granularity", "error", "match"),
+    [
+        ("layers", ValueError, r"must be 'layer', 'block' or a list.*\['layers'\]"),
+        (3, TypeError, "`granularity` must be"),
+        ([3], TypeError, "`granularity` must be"),
+    ],
+)
+def test_what_is_no_granularity_is_refused(granularity, error, match):
+    with pytest.raises(error, match=match):
+        LayerOptions(granularity)
+
+
 def test_the_trainer_refuses_it_before_any_work(data):
     classifier = make_classifier(Normed())
-    for kwargs, match in (
-        ({"granularity": ["convl"]}, "'convl' matches no module.*'conv"),
-        ({"granularity": "block"}, "no `group_matcher`"),
-        ({"granularity": ["conv1"], "after_norm": True}, "`after_norm` asks for"),
+    for layers, match in ((["convl"], "'convl' matches no module.*'conv"), ("block", "no `group_matcher`")):
+        with pytest.raises(ValueError, match=match):
+            AdversarialTrainerCLATPyTorch(classifier, make_attack(classifier), layers=layers)
+        with pytest.raises(ValueError, match=match):
+            measure_criticality(classifier, *data, attack=make_attack(classifier), layers=layers)
+    for options, match in (
+        ({"granularity": ["conv1"], "after_norm": True}, "`after_norm` needs"),
+        ({"granularity": ["conv1"], "freeze_norms": True}, "`freeze_norms` needs"),
         ({"predecessor": "before"}, "`predecessor` must be one of 'execution', 'input'"),
     ):
         with pytest.raises(ValueError, match=match):
-            AdversarialTrainerCLATPyTorch(classifier, make_attack(classifier), **kwargs)
-        with pytest.raises(ValueError, match=match):
-            measure_criticality(classifier, *data, attack=make_attack(classifier), **kwargs)
+            LayerOptions(**options)
 
 
 def test_larger_layers_measure_what_they_return(data):
@@ -148,7 +160,8 @@ def test_larger_layers_measure_what_they_return(data):
         nn.init.normal_(block.bn.running_mean)
     classifier = make_classifier(model)
     attack = make_attack(classifier)
-    measured = measure_criticality(classifier, *data, attack=attack, granularity=[r"blocks\.\d"], predecessor="input")
+    options = LayerOptions([r"blocks\.\d"], predecessor="input")
+    measured = measure_criticality(classifier, *data, attack=attack, layers=options)
     x, x_adv = torch.tensor(data[0]), torch.tensor(attack.generate(*data))
     model.eval()
     with torch.no_grad():
@@ -172,7 +185,7 @@ def test_training_moves_the_chosen_block_and_its_statistics_alone(granularity):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
     trainer = AdversarialTrainerCLATPyTorch(
-        classifier, make_attack(classifier), granularity=granularity, predecessor="input", seed=0
+        classifier, make_attack(classifier), layers=LayerOptions(granularity, predecessor="input"), seed=0
     )
     trainer.fit(x, y, nb_epochs=1, batch_size=12, verbose=False)
     (chosen,) = trainer.history.selections[0].chosen
@@ -189,8 +202,8 @@ def test_training_moves_the_chosen_block_and_its_statistics_alone(granularity):
 def test_the_trainer_measures_with_its_predecessor(normed, data, predecessor):
     classifier = make_classifier(normed)
     attack = make_attack(classifier)
-    expected = measure_criticality(classifier, *data, attack=attack, predecessor=predecessor)
-    trainer = AdversarialTrainerCLATPyTorch(classifier, attack, predecessor=predecessor, seed=0)
+    expected = measure_criticality(classifier, *data, attack=attack, layers=LayerOptions(predecessor=predecessor))
+    trainer = AdversarialTrainerCLATPyTorch(classifier, attack, layers=LayerOptions(predecessor=predecessor), seed=0)
     trainer.fit(*data, nb_epochs=1, batch_size=24, verbose=False)
     measured = trainer.history.selections[0].measured
     assert [layer.criticality for layer in measured] == pytest.approx([e.criticality for e in expected], rel=1e-4)
@@ -199,13 +212,13 @@ def test_the_trainer_measures_with_its_predecessor(normed, data, predecessor):
 def test_a_checkpoint_of_other_layers_is_refused(normed, data, tmp_path):
     classifier = make_classifier(normed)
     settings = {"nb_epochs": 1, "batch_size": 24, "verbose": False, "checkpoint": tmp_path}
-    made = [{}, {"granularity": ["conv1", "conv3"]}, {"predecessor": "input"}]
+    made = [LayerOptions(), LayerOptions(["conv1", "conv3"]), LayerOptions(predecessor="input")]
     first, *others = (
-        AdversarialTrainerCLATPyTorch(classifier, make_attack(classifier), seed=0, **kwargs) for kwargs in made
+        AdversarialTrainerCLATPyTorch(classifier, make_attack(classifier), seed=0, layers=layers) for layers in made
     )
     first.fit(*data, **settings)
     for trainer, argument in zip(others, ("granularity", "predecessor"), strict=True):
-        with pytest.raises(ValueError, match=argument):
+        with pytest.raises(ValueError, match=f"layers.{argument} is "):
             trainer.fit(*data, **settings)
 
 

@@ -8,7 +8,7 @@ import torch
 from conftest import Normed, make_attack, make_classifier
 from torch import nn
 
-from art_clat import measure_criticality
+from art_clat import LayerOptions, measure_criticality
 
 
 def by_hand(features, x, x_adv):
@@ -54,7 +54,7 @@ def test_equals_a_direct_computation_before_and_after_a_norm(normed, data, after
 
     classifier = make_classifier(normed)
     attack = make_attack(classifier)
-    measured = measure_criticality(classifier, *data, attack=attack, after_norm=after_norm)
+    measured = measure_criticality(classifier, *data, attack=attack, layers=LayerOptions(after_norm=after_norm))
     x_adv = attack.generate(*data)
     with torch.no_grad():
         weakness, criticality = by_hand(features, data[0], x_adv)
@@ -79,7 +79,9 @@ def test_predecessor_is_the_tensor_that_enters_the_layer(normed, data):
     classifier = make_classifier(normed, preprocessing=(0.4, 0.25))
     attack = make_attack(classifier)
     by_order = measure_criticality(classifier, *data, attack=attack)
-    by_input = measure_criticality(classifier, *data, attack=attack, predecessor="input", batch_size=20)
+    by_input = measure_criticality(
+        classifier, *data, attack=attack, layers=LayerOptions(predecessor="input"), batch_size=20
+    )
     x_adv = attack.generate(*data)
     normed.eval()
     with torch.no_grad():
@@ -106,7 +108,9 @@ def test_after_the_norm_the_scale_before_it_does_not_matter(data):
     for after_norm in (False, True):
         for network in (model, scaled):
             classifier = make_classifier(network)
-            measured = measure_criticality(classifier, *data, attack=make_attack(classifier), after_norm=after_norm)
+            measured = measure_criticality(
+                classifier, *data, attack=make_attack(classifier), layers=LayerOptions(after_norm=after_norm)
+            )
             figures.setdefault(after_norm, []).append([layer.criticality for layer in measured])
     assert figures[True][0] == pytest.approx(figures[True][1], rel=1e-4)
     assert figures[False][0][1] == pytest.approx(10 * figures[False][1][1], rel=1e-4)

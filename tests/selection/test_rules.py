@@ -9,14 +9,16 @@ from conftest import Chain, make_attack, make_classifier
 from torch import nn
 
 from art_clat.attacks.tensor_attack import TensorAttack
+from art_clat.config import Budget, SelectionOptions
 from art_clat.layers.discovery import find_layers
 from art_clat.models.tensor_classifier import TensorClassifier
 from art_clat.selection import rules
-from art_clat.selection.budget import Budget
+from art_clat.selection.budget import check_budget, take_layers
 from art_clat.selection.candidates import Candidates
+from art_clat.selection.choice import choose, eligible_layers
 from art_clat.selection.criticality import measure_criticality
-from art_clat.selection.rules import as_rule, choose, eligible_layers, register_selection_rule, selection_rules
-from art_clat.utils.processes import Part
+from art_clat.selection.rules import SELECTION_RULES, as_rule, list_selection_rules, register_selection_rule
+from art_clat.utils.batch import Batch
 
 
 def make_candidates(model, data, *, seed=0, round=0, eligible=None):
@@ -24,13 +26,13 @@ def make_candidates(model, data, *, seed=0, round=0, eligible=None):
     network = TensorClassifier(classifier)
     layers = find_layers(model, lambda size: model(torch.tensor(data[0][:size])))
     x, y = torch.tensor(data[0]), torch.tensor(data[1])
-    batches = [(a, b, Part(len(a))) for a, b in zip(x.split(20), y.split(20), strict=True)]  # uneven: 20, 20, 8
+    batches = [Batch.whole(a, b) for a, b in zip(x.split(20), y.split(20), strict=True)]  # uneven: 20, 20, 8
     attack = TensorAttack(make_attack(classifier), network)
     return Candidates(network, layers, eligible or layers, batches, attack, seed, round)
 
 
 def names(layers):
-    return [layer.name for layer in layers]
+    return [layer.name for layer in getattr(layers, "layers", layers)]
 
 
 class TestBudget:
@@ -40,19 +42,25 @@ class TestBudget:
     @pytest.mark.parametrize(("nb_layers", "count"), [(7, 1), (20, 1), (29, 1), (31, 2), (50, 2), (53, 3), (90, 4)])
     def test_share_is_of_all_layers_rounded(self, nb_layers, count):
         layers = self.layers(nb_layers)
-        assert Budget(share=0.05).take(layers[: nb_layers // 2 + 2], layers, 1) == layers[:count]
+        assert (
+            take_layers(Budget(share=0.05), layers[: nb_layers // 2 + 2], nb_layers=nb_layers, nb_parameters=1)
+            == layers[:count]
+        )
 
     def test_count(self):
         layers = self.layers(5)
-        assert Budget(count=2).take(layers, layers, 1) == layers[:2]
-        assert Budget(count=9).take(layers, layers, 1) == layers
+        assert take_layers(Budget(count=2), layers, nb_layers=5, nb_parameters=1) == layers[:2]
+        assert take_layers(Budget(count=9), layers, nb_layers=5, nb_parameters=1) == layers
 
     def test_parameters_pass_over_what_does_not_fit(self):
         small, middle, large = layers = self.layers(3)
-        assert Budget(parameter_share=0.5).take([middle, large, small], layers, 60) == [middle, small]
-        assert Budget(parameter_share=1.0).take([large, middle, small], layers, 60) == [large, middle, small]
-        assert Budget(parameter_share=10 / 60).fits_any(layers, 60)
-        assert not Budget(parameter_share=9 / 60).fits_any(layers, 60)
+        of_sixty = {"nb_layers": 3, "nb_parameters": 60}
+        assert take_layers(Budget(parameter_share=0.5), [middle, large, small], **of_sixty) == [middle, small]
+        every = [large, middle, small]
+        assert take_layers(Budget(parameter_share=1.0), every, **of_sixty) == every
+        check_budget(Budget(parameter_share=10 / 60), layers, 60)
+        with pytest.raises(ValueError, match="pays for no layer: the smallest that may be chosen, 0, has 10"):
+            check_budget(Budget(parameter_share=9 / 60), layers, 60)
 
     @pytest.mark.parametrize(
         "arguments",
@@ -78,7 +86,7 @@ class TestRules:
         ],
     )
     def test_take_the_largest_of_what_was_measured(self, candidates, chain, data, rule, figure):
-        classifier = candidates.network.classifier
+        classifier = candidates.classifier.estimator
         measured = measure_criticality(classifier, *data, attack=make_attack(classifier))
         index = {layer.name: getattr(layer, figure) for layer in measured}
         for count in (1, 2, 3):
@@ -101,7 +109,7 @@ class TestRules:
 
     def test_relative_figures_by_hand(self, candidates, chain, data):
         x, y = torch.tensor(data[0]), torch.tensor(data[1])
-        x_adv = candidates.attack(x, y)
+        x_adv = candidates.attack(Batch.whole(x, y))
         with torch.no_grad():
             clean, perturbed = ({"x": z.flatten(1), **chain.features(z)} for z in (x, x_adv))
         errors = {}
@@ -114,7 +122,7 @@ class TestRules:
 
     def test_gradient_prominence_is_the_mean_magnitude_of_the_weighed_gradients(self, candidates, chain, data):
         x, y = torch.tensor(data[0]), torch.tensor(data[1])
-        x_adv = torch.cat([adversarial for _, adversarial, _ in candidates.adversarial])
+        x_adv = torch.cat([adversarial for _, adversarial in candidates.adversarial])
         parameters = dict(chain.named_parameters())
 
         def gradients(z):
@@ -149,7 +157,7 @@ class TestRules:
 
     def _loss(self, candidates, chain):
         batches = candidates.adversarial
-        x_adv, y = torch.cat([batch[1] for batch in batches]), torch.cat([batch[2] for batch in batches])
+        x_adv, y = torch.cat([x_adv for _, x_adv in batches]), torch.cat([batch.y for batch, _ in batches])
         return nn.functional.cross_entropy(chain.features(x_adv)["head"], y)
 
     def test_module_robustness_is_of_the_worst_point_on_the_way(self, candidates, monkeypatch):
@@ -176,7 +184,7 @@ class TestRules:
         assert all(0.5 * rules.MODULE_RADIUS < length < 1.0001 * rules.MODULE_RADIUS for length in lengths[1:])
         assert all(torch.equal(tensor, before[name]) for name, tensor in chain.state_dict().items())
 
-    @pytest.mark.parametrize("rule", [rule for rule in selection_rules()])
+    @pytest.mark.parametrize("rule", [rule for rule in list_selection_rules()])
     def test_every_rule_is_a_guest(self, normed, data, rule):
         normed.conv2.requires_grad_(False)
         candidates = make_candidates(normed, data)
@@ -219,13 +227,13 @@ class TestRules:
 
         try:
             size = {layer.name: layer.nb_parameters for layer in candidates.layers}
-            (chosen,) = choose(as_rule("smallest, for a test"), candidates, Budget(count=1))
+            (chosen,) = choose(as_rule("smallest, for a test"), candidates, Budget(count=1)).layers
             assert chosen.name == min(size, key=size.get)
-            assert choose(as_rule(smallest), candidates, Budget(count=1)) == [chosen]
+            assert choose(as_rule(smallest), candidates, Budget(count=1)).layers == [chosen]
             with pytest.raises(ValueError, match="already"):
                 register_selection_rule("smallest, for a test")(lambda candidates: [])
         finally:
-            del rules._RULES["smallest, for a test"]
+            del SELECTION_RULES["smallest, for a test"]
 
     @pytest.mark.parametrize("scores", [[1.0], [math.nan] * 4, [-math.inf] * 4])
     def test_useless_scores_are_refused(self, candidates, scores):
@@ -244,7 +252,7 @@ class TestRules:
             as_rule("worst")
         for wrong in (3, [], [1, 2]):
             with pytest.raises(TypeError, match="`selection` must be"):
-                as_rule(wrong)
+                SelectionOptions(wrong)
 
 
 class TestEligible:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim import lr_scheduler as lr
 from torchvision.transforms import v2
 
-from art_clat import AdversarialTrainerCLATPyTorch
+from art_clat import AdversarialTrainerCLATPyTorch, LayerOptions, TrainingLoop
 from art_clat.training import checkpoint, description
 from art_clat.training.history import EpochRecord
 from art_clat.utils import files
@@ -68,7 +68,8 @@ def make_run(
     attacks = [make_attack(classifier, num_random_init=1), FastGradientMethod(classifier, eps=0.1)]
     settings = {
         "ratio": 0.7, "warmup": 2, "reselect_every": 2, "criticality_weight": 0.1, "budget": 0.4, "seed": 3,
-        "augmentation": v2.RandomHorizontalFlip(), "ema_decay": 0.8, "layers": LayerOptions(freeze_norms=False), **kwargs,
+        "augmentation": v2.RandomHorizontalFlip(), "ema_decay": 0.8, "layers": LayerOptions(freeze_norms=False),
+        **kwargs,
     }  # fmt: skip
     trainer = AdversarialTrainerCLATPyTorch(classifier, attacks, **settings)
     make_scheduler = scheduler or (lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=8))
@@ -527,7 +528,7 @@ class TestOtherRuns:
     def test_another_attack(self, tmp_path):
         fit(make_run(), tmp_path, nb_epochs=2)
         run = make_run()
-        run[0]._attacks[0].attack.set_params(eps=0.2)
+        run[0].attacks[0].set_params(eps=0.2)
         with pytest.raises(ValueError, match=r"attack 1 is .*'eps': '0\.1'.* there, .*'eps': '0\.2'"):
             fit(run, tmp_path, nb_epochs=2)
 

@@ -11,6 +11,7 @@ import distributed_run
 import numpy as np
 import pytest
 import torch
+from conftest import observe
 from launching import free_port, launch
 
 from art_clat.utils.processes import Part, Ranks
@@ -125,8 +126,8 @@ def test_a_process_that_dies_ends_the_run_which_goes_on_with_one_process(tmp_pat
     assert processes[0].returncode == 1 and processes[1].returncode == 9
     assert "ConnectionError: Process 0 of 2 has lost another one" in message and "With `checkpoint=`" in message
     trainer = distributed_run.make_trainer()
-    steps, step = [], trainer._step
-    trainer._step = lambda *args: steps.append(1) or step(*args)
+    steps = []
+    observe(trainer, step=lambda loop, step, *args: steps.append(1) or step(*args))
     distributed_run.fit(trainer, checkpoint=tmp_path / "run", checkpoint_every=1)
     assert len(steps) == 20 - 10
     np.testing.assert_allclose(

@@ -230,7 +230,7 @@ def test_mart_by_hand(chain, case):
         total += -perturbed[label].log() - (1 - max(others)).log()
         total += 5 * (clean * (clean / perturbed).log()).sum() * (1 - clean[label])
     torch.testing.assert_close(got.loss, total / len(x))
-    one_hot = MART(network, None, 5.0).loss(x, x_adv, nn.functional.one_hot(y, 4).float())
+    one_hot = MART(network, None, 5.0).loss(Batch.whole(x, nn.functional.one_hot(y, 4).float()), x_adv)
     torch.testing.assert_close(one_hot.loss, got.loss)
 
 
@@ -259,7 +259,9 @@ def test_users_own_objective(case):
 
     try:
         assert isinstance(find_objective("doubled, for a test")(network, chosen, 0.1), Doubled)
-        assert "doubled, for a test" in list_objectives() and "doubled, for a test" not in list_objectives(first_stage=True)
+        assert "doubled, for a test" in list_objectives() and "doubled, for a test" not in list_objectives(
+            first_stage=True
+        )
         with pytest.raises(ValueError, match="already"):
             register_objective("doubled, for a test")(type("Other", (Doubled,), {}))
     finally:
