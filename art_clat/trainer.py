@@ -26,17 +26,17 @@ from art_clat.config import (
     preset_values,
 )
 from art_clat.layers.groups import find_groups
-from art_clat.models.checks import check_attack, check_classifier, check_data
+from art_clat.models.checks import check_attacks, check_classifier, check_data
 from art_clat.models.tensor_classifier import TensorClassifier
 from art_clat.selection.rules import as_rule
 from art_clat.training.averaging import Average
 from art_clat.training.checkpoint import Keeper
 from art_clat.training.checks import check_inner_attacks, check_scheduler, check_validation
-from art_clat.training.data import ArrayBatches, Batches, GeneratorBatches
+from art_clat.training.data import ArrayBatches, GeneratorBatches
 from art_clat.training.history import History
 from art_clat.training.loop import TrainingLoop
 from art_clat.training.objectives import find_objective
-from art_clat.training.setup import Tensors, make_keeper
+from art_clat.training.setup import make_keeper
 from art_clat.utils.processes import Ranks
 
 Arrays = tuple[npt.NDArray[np.floating], npt.NDArray[np.generic]]
@@ -138,13 +138,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
                 attack of its own, or `layers` do not fit the network.
         """
         check_classifier(classifier, needs_optimizer=True)
-        if isinstance(classifier.optimizer, torch.optim.LBFGS):
-            raise ValueError("`classifier` has the optimizer LBFGS, which wants to evaluate the loss itself.")
-        attack_list = list(attacks) if isinstance(attacks, (list, tuple)) else [attacks]
-        if not attack_list:
-            raise ValueError("`attacks` is empty; at least one attack is needed.")
-        for attack in attack_list:
-            check_attack(attack, classifier, argument="attacks")
+        attack_list = check_attacks(attacks, classifier)
         objective, layer_options = preset_values(preset, objective, LayerOptions.of(layers))
         weight = find_objective(objective).default_weight if criticality_weight is None else criticality_weight
         #: Everything that the run depends on besides classifier, attacks and data, complete.
@@ -250,7 +244,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
                 ranks=ranks,
             )
             batches = ArrayBatches(*data, batch_size=fit.batch_size, drop_last=fit.drop_last, device=device)
-            self._run(batches, validation, fit, scheduler, keeper=keeper, ranks=ranks)
+            self._run(fit=fit, batches=batches, validation=validation, scheduler=scheduler, keeper=keeper, ranks=ranks)
         if restore_best:
             keeper.restore_best()
 
@@ -289,30 +283,12 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
             )
         batches = GeneratorBatches(generator, estimator)
         keeper = Keeper(estimator.model, average=Average.of(estimator.model, self.options.ema_decay))
-        self._run(batches, check_validation(estimator, validation_data), fit, scheduler, keeper=keeper, ranks=ranks)
+        validation = check_validation(estimator, validation_data)
+        self._run(fit=fit, batches=batches, validation=validation, scheduler=scheduler, keeper=keeper, ranks=ranks)
 
-    def _run(
-        self,
-        batches: Batches,
-        validation: Tensors | None,
-        fit: FitOptions,
-        scheduler: Scheduler | None,
-        *,
-        keeper: Keeper,
-        ranks: Ranks,
-    ) -> None:
+    def _run(self, **parts: Any) -> None:
         """Run the training loop, and keep its record however it ends."""
-        loop = self.loop_class(
-            estimator=self._classifier,
-            attacks=self.attacks,
-            options=self.options,
-            fit=fit,
-            batches=batches,
-            validation=validation,
-            scheduler=scheduler,
-            keeper=keeper,
-            ranks=ranks,
-        )
+        loop = self.loop_class(estimator=self._classifier, attacks=self.attacks, options=self.options, **parts)
         loop.prepare()
         self.history = loop.history
         loop.run()

@@ -23,7 +23,7 @@ class Ball(abc.ABC):
     @abc.abstractmethod
     def steepest(self, gradient: torch.Tensor) -> torch.Tensor:
         """
-        Give the direction of steepest ascent of norm one, for every sample.
+        Return the direction of steepest ascent of norm one, for every sample.
 
         :param gradient: Shape (batch, ...).
         :return: Same shape.

@@ -69,7 +69,7 @@ class BatchNorms(TorchFunctionMode):
     def _factors(
         self, running_var: torch.Tensor, weight: torch.Tensor | None, eps: float, ndim: int
     ) -> list[torch.Tensor]:
-        """Give what the gradient is multiplied by: in double precision, and one after the other, as torch on a CPU."""
+        """Return what the gradient is multiplied by, in double precision and in the order of torch on a CPU."""
         key = (running_var, weight, eps, ndim)
         if self.factors is not None and key in self.factors:
             return self.factors[key]

@@ -195,7 +195,7 @@ class Features:
 
     def distance(self, layer: Layer) -> torch.Tensor:
         """
-        Give ``‖F_i(x+δ) − F_i(x)‖_2`` of every sample.
+        Return ``‖F_i(x+δ) − F_i(x)‖_2`` of every sample.
 
         :param layer: One of the layers.
         :return: Shape (batch,), float32.
@@ -204,7 +204,7 @@ class Features:
 
     def relative_distance(self, layer: Layer) -> torch.Tensor:
         """
-        Give ``‖F_i(x+δ) − F_i(x)‖_2 / ‖F_i(x)‖_2`` of every sample; 0 where the feature itself is 0.
+        Return ``‖F_i(x+δ) − F_i(x)‖_2 / ‖F_i(x)‖_2`` of every sample; 0 where the feature itself is 0.
 
         :param layer: One of the layers; the features must have been made with `lengths`, as for all that is relative.
         :return: Shape (batch,), float32.
@@ -213,7 +213,7 @@ class Features:
 
     def input_distance(self, layer: Layer, *, relative: bool = False) -> torch.Tensor:
         """
-        Give the distance of what enters a layer, sample by sample, as :meth:`distance` does of what leaves it.
+        Return the distance of what enters a layer, sample by sample, as :meth:`distance` does of what leaves it.
 
         :param layer: One of the layers; the features must have been made with `inputs`.
         :param relative: As :meth:`relative_distance` does.
@@ -225,7 +225,7 @@ class Features:
 
     def total_distance(self) -> torch.Tensor:
         """
-        Give the summed distance of all layers, ``Σ_i ‖F_i(x+δ) − F_i(x)‖_2`` (the term inside eq. 5).
+        Return the summed distance of all layers, ``Σ_i ‖F_i(x+δ) − F_i(x)‖_2`` (the term inside eq. 5).
 
         :return: Shape (batch,), float32.
         """
@@ -233,7 +233,7 @@ class Features:
 
     def total_relative_distance(self) -> torch.Tensor:
         """
-        Give the summed relative distance of all layers.
+        Return the summed relative distance of all layers.
 
         :return: Shape (batch,), float32.
         """
@@ -255,11 +255,11 @@ class Features:
 
 
 def _joined(lengths: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Give one length a sample where a layer ran several times."""
+    """Return one length a sample where a layer ran several times."""
     return lengths[0] if len(lengths) == 1 else torch.linalg.vector_norm(torch.stack(list(lengths)), dim=0)
 
 
 def _lengths(x: torch.Tensor) -> torch.Tensor:
-    """Give the Euclidean length of every sample, in whatever order its elements are stored."""
+    """Return the Euclidean length of every sample, in whatever order its elements are stored."""
     lengths: torch.Tensor = torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)))
     return lengths

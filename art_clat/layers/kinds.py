@@ -46,7 +46,7 @@ def is_weighted(module: nn.Module) -> bool:
 
 
 def weighted_modules(model: nn.Module) -> set[nn.Module]:
-    """Give the modules that hold a weight; of modules within one another the outermost."""
+    """Return the modules that hold a weight; of modules within one another the outermost."""
     weighted = {module for module in model.modules() if is_weighted(module)}
     within = {inner for module in weighted for inner in module.modules() if inner is not module}
     return weighted - within

@@ -85,7 +85,7 @@ class Layer:
 
     def parameters(self) -> list[nn.Parameter]:
         """
-        Give the layer's parameters, those of its norm included.
+        Return the layer's parameters, those of its norm included.
 
         :return: Each parameter once.
         """

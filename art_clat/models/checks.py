@@ -32,6 +32,8 @@ def check_classifier(classifier: object, *, needs_optimizer: bool) -> None:
             "`classifier` has no optimizer: pass `optimizer=torch.optim.SGD(model.parameters(), ...)`, or another, "
             "to PyTorchClassifier."
         )
+    if needs_optimizer and isinstance(classifier.optimizer, torch.optim.LBFGS):
+        raise ValueError("`classifier` has the optimizer LBFGS, which wants to evaluate the loss itself.")
     if not is_weighted_model(classifier.model):
         raise ValueError(
             "`classifier.model` has no weighted layer: it needs at least one module with a weight of two or more "
@@ -70,6 +72,24 @@ def check_attack(attack: object, classifier: PyTorchClassifier, *, argument: str
             f"`{argument}`: {name} has an `eps` of shape {eps.shape}, one value a sample; a scalar or an array that "
             f"broadcasts to one input of shape {tuple(classifier.input_shape)} is accepted."
         )
+
+
+def check_attacks(attacks: object, classifier: PyTorchClassifier) -> list[EvasionAttack]:
+    """
+    Refuse anything but attacks on this classifier.
+
+    :param attacks: What the user passed: an attack, or several.
+    :param classifier: The classifier they must be bound to.
+    :return: The attacks, at least one.
+    :raises TypeError: If one is not an ``EvasionAttack``.
+    :raises ValueError: If there is none, or as :func:`check_attack`.
+    """
+    listed: list[EvasionAttack] = list(attacks) if isinstance(attacks, (list, tuple)) else [attacks]
+    if not listed:
+        raise ValueError("`attacks` is empty; at least one attack is needed.")
+    for attack in listed:
+        check_attack(attack, classifier, argument="attacks")
+    return listed
 
 
 def check_data(

@@ -194,7 +194,7 @@ def _fixed(names: Sequence[str]) -> SelectionRule:
 
 @contextmanager
 def _put_back(parameters: Sequence[torch.nn.Parameter]) -> Iterator[list[torch.Tensor]]:
-    """Give copies of parameters, and put these back on leaving."""
+    """Yield copies of parameters, and put these back on leaving."""
     originals = [parameter.detach().clone() for parameter in parameters]
     try:
         yield originals

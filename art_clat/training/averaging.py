@@ -71,7 +71,7 @@ class Average:
             load_weights(self._model, own)
 
     def apply(self) -> None:
-        """Give the network the average for good."""
+        """Put the average into the network."""
         load_weights(self._model, self._tensors)
 
     def state(self) -> dict[str, torch.Tensor]:

@@ -277,7 +277,7 @@ class Keeper:
 
 def fingerprint_of_state(optimizer: torch.optim.Optimizer) -> str:
     """
-    Give a short text that is the same for the same momentum.
+    Return a short text that is the same for the same momentum.
 
     :param optimizer: The optimiser.
     :return: 16 hexadecimal digits.

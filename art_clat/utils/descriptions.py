@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def fingerprint(*tensors: torch.Tensor) -> str:
     """
-    Give a short text that is the same for the same data only.
+    Return a short text that is the same for the same data only.
 
     :param tensors: The data, on the CPU.
     :return: 16 hexadecimal digits.

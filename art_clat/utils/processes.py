@@ -83,7 +83,7 @@ class Ranks:
 
     def part(self, nb_samples: int) -> Part:
         """
-        Give this process's part of a batch; the parts differ by one sample at most.
+        Return this process's part of a batch; the parts differ by one sample at most.
 
         :param nb_samples: Samples in the batch.
         :return: Contiguous samples, or all of them for one process.
@@ -106,7 +106,7 @@ class Ranks:
 
     def first(self, values: torch.Tensor) -> torch.Tensor:
         """
-        Give every process what the first one has.
+        Send every process what the first one has.
 
         :param values: Of the same shape in every process; overwritten.
         :return: The first process's values.
@@ -117,7 +117,7 @@ class Ranks:
 
     def gather(self, value: object) -> list[Any]:
         """
-        Give every process what each has.
+        Collect what every process has.
 
         :param value: What this one has: text, numbers, or lists and dictionaries of them.
         :return: One value a process, in their order.

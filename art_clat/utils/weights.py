@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """
-    Give a network's parameters and buffers, each once where it has several names.
+    Return a network's parameters and buffers, each once where it has several names.
 
     :param model: The network.
     :return: By name.

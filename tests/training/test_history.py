@@ -1,9 +1,12 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
+import torch
+from conftest import make_attack, make_classifier
 
-from art_clat import Criticality, EpochRecord, History, LayerCriticality, SelectionRecord
+from art_clat import AdversarialTrainerCLATPyTorch, Criticality, EpochRecord, History, LayerCriticality, SelectionRecord
 from art_clat.utils.plots import MOST_LABELS, save
 
 
@@ -90,3 +93,71 @@ def test_nothing_to_draw_is_an_error():
         History().plot_heat_map()
     with pytest.raises(ValueError, match="no epoch"):
         History().plot_curves()
+
+
+def scored(rule, *scores):
+    """A history whose selections were made by a rule with these scores."""
+    history = make_history(nb_layers=3, nb_selections=len(scores))
+    for number, one in enumerate(scores):
+        history.selections[number] = replace(history.selections[number], rule=rule, scores=one)
+    return history
+
+
+def test_heat_map_is_coloured_by_the_rule_that_chose():
+    history = scored("gradient_prominence", (0.1, 0.9, 40.0), (0.3, 0.2, 50.0))
+    ax = history.plot_heat_map()
+    (image,) = ax.get_images()
+    assert image.get_array().tolist() == [[0.1, 0.3], [0.9, 0.2], [0.9, 0.9]]  # the head's are cut
+    assert "gradient_prominence" in ax.figure.axes[1].get_ylabel()
+
+
+def test_heat_map_of_an_index_is_centred_on_one():
+    ax = scored("relative_criticality", (0.5, 2.0, 1.0)).plot_heat_map()
+    (image,) = ax.get_images()
+    assert image.norm.vmin * image.norm.vmax == pytest.approx(1) and image.norm.vmax == pytest.approx(2)
+    assert "relative" in ax.figure.axes[1].get_ylabel()
+
+
+@pytest.mark.parametrize("scores", [(), (math.inf,) * 3])
+def test_heat_map_without_scores_shows_the_criticality_index(scores):
+    history = scored("all", scores)
+    ax = history.plot_heat_map()
+    (image,) = ax.get_images()
+    index = [layer.criticality for layer in history.selections[0].measured]
+    assert image.get_array()[1, 0] == pytest.approx(index[1]) and "C_i" in ax.figure.axes[1].get_ylabel()
+
+
+def test_scores_are_read_back_as_far_as_json_can_hold_them():
+    history = scored("all", (math.inf, 0.5, -math.inf))
+    again = History.from_json(history.to_json()).selections[0]
+    assert again.rule == "all" and again.scores[1] == 0.5 and math.isnan(again.scores[0])
+
+
+def test_records_of_older_versions_are_read():
+    content = json.loads(make_history().to_json())
+    del content["configuration"]
+    for selection in content["selections"]:
+        del selection["rule"], selection["scores"]
+    history = History.from_json(json.dumps(content))
+    assert history.configuration == {} and history.selections[0].rule == "criticality"
+    history.plot_heat_map()
+
+
+def test_the_record_says_what_was_run(chain, data):
+    classifier = make_classifier(chain)
+    trainer = AdversarialTrainerCLATPyTorch(
+        classifier, make_attack(classifier), selection="random", criticality_weight=0.3, seed=5
+    )
+    trainer.fit(*data, nb_epochs=1, batch_size=16, verbose=False)
+    again = History.from_json(trainer.history.to_json()).configuration
+    assert again["trainer"]["selection"]["rule"] == "random" and again["trainer"]["criticality_weight"] == 0.3
+    assert again["trainer"]["seed"] == 5 and again["trainer"]["budget"]["share"] == 0.05
+    assert again["fit"] == {"nb_epochs": 1, "x": [48, 2, 6, 6], "batch_size": 16, "drop_last": False}
+    assert again["attack 1"]["eps"] == "0.1" and again["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert again["optimizer"] == "SGD" and "machine" in again and "date" in again
+
+
+def test_short_reprs():
+    history = make_history()
+    assert repr(history) == "History(12 epochs, 4 selections, best epoch 11)"
+    assert len(repr(history.selections[0])) < 160 and "trainable=" in repr(history.selections[0])

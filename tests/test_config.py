@@ -1,0 +1,107 @@
+"""Options: shorthand, presets, and what a checkpoint and a history say of them."""
+
+import json
+from dataclasses import fields
+
+import pytest
+from conftest import make_attack, make_classifier
+
+from art_clat import (
+    AdversarialTrainerCLATPyTorch,
+    Budget,
+    LayerOptions,
+    PerformanceOptions,
+    SelectionOptions,
+    list_objectives,
+    list_selection_rules,
+)
+from art_clat.config import TrainerOptions
+
+
+def make_trainer(chain, **options):
+    classifier = make_classifier(chain)
+    return AdversarialTrainerCLATPyTorch(classifier, make_attack(classifier), **options)
+
+
+@pytest.mark.parametrize(
+    ("short", "whole"),
+    [
+        ({"selection": "random"}, {"selection": SelectionOptions("random", 1024)}),
+        ({"selection": ["first"]}, {"selection": SelectionOptions(["first"])}),
+        ({"budget": 0.2}, {"budget": Budget(share=0.2)}),
+        ({"layers": ["hidden"]}, {"layers": LayerOptions(["hidden"])}),
+        (
+            {},
+            {
+                "performance": PerformanceOptions(),
+                "layers": LayerOptions(freeze_norms=True),
+                "objective": "adversarial",
+            },
+        ),
+        ({"preset": "paper"}, {"objective": "clean", "layers": LayerOptions(freeze_norms=False)}),
+    ],
+)
+def test_shorthand_is_the_same(chain, short, whole):
+    assert make_trainer(chain, **short).options == make_trainer(chain, **whole).options
+
+
+def test_an_objective_brings_its_weight(chain):
+    weights = {name: make_trainer(chain, objective=name).options.criticality_weight for name in list_objectives()}
+    assert weights == {
+        "adversarial": 0.02, "clean": 0.05, "clean_single_step": 0.05, "relative": 1.0, "pgd_at": 0.0, "trades": 6.0,
+        "mart": 5.0,
+    }  # fmt: skip
+    assert make_trainer(chain, objective="clean", criticality_weight=0).options.criticality_weight == 0
+
+
+def test_every_option_is_described_for_json(chain):
+    def rule(candidates):
+        return [1.0] * len(candidates.layers)
+
+    options = make_trainer(chain, selection=rule, augmentation=lambda image: image, layers=["first"]).options
+    described = options.describe()
+    assert described.keys() == {field.name for field in fields(TrainerOptions)}
+    assert json.loads(json.dumps(described)) == described
+    assert "0x" not in json.dumps(described)  # no address, which another process would not have
+    assert described["layers"]["granularity"] == ["first"] and described["budget"]["share"] == 0.05
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "match"),
+    [
+        (lambda: SelectionOptions(samples=0), ValueError, "`samples` must be a whole number of at least 1, got 0"),
+        (lambda: SelectionOptions([]), TypeError, "`selection` must be the name of a rule"),
+        (lambda: LayerOptions(predecessor="last"), ValueError, "`predecessor` must be one of 'execution', 'input'"),
+        (lambda: LayerOptions("block", freeze_norms=True), ValueError, "`freeze_norms` needs `granularity='layer'`"),
+        (lambda: Budget(), ValueError, "takes one of share, count and parameter_share, got none"),
+        (lambda: Budget(share=0.1, count=1), ValueError, "got {'share': 0.1, 'count': 1}"),
+    ],
+)
+def test_groups_refuse_bad_values_by_name(make, error, match):
+    with pytest.raises(error, match=match):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"performance": {"amp": True}}, TypeError, "`performance` must be a PerformanceOptions, got {'amp': True}"),
+        ({"preset": "clat"}, ValueError, "`preset` must be one of 'default', 'paper', got 'clat'"),
+        ({"objective": "pgd"}, ValueError, "`objective` must be one of 'adversarial', .*, got 'pgd'"),
+        ({"first_stage": "adversarial"}, ValueError, "`first_stage` must be one of 'pgd_at', 'trades', 'mart'"),
+        ({"selection": "worst"}, ValueError, "`selection` must be one of 'criticality', .*, got 'worst'"),
+    ],
+)
+def test_the_trainer_refuses_bad_values_by_name(chain, options, error, match):
+    with pytest.raises(error, match=match):
+        make_trainer(chain, **options)
+
+
+def test_lists():
+    assert list_objectives()[0] == "adversarial" and list_selection_rules()[0] == "criticality"
+    assert list_objectives(first_stage=True) == ["pgd_at", "trades", "mart"]
+
+
+def test_the_trainer_says_what_it_does(chain):
+    text = repr(make_trainer(chain, warmup=3, selection="random", budget=Budget(count=2)))
+    assert "warmup=3" in text and "selection='random'" in text and "count=2" in text and len(text) < 200
