@@ -99,14 +99,14 @@ def _architectures(module: str) -> Any:
         robustbench_utils()
         return importlib.import_module(name)
     except ImportError as error:
-        if name in sys.modules:  # it had been imported when the rest failed
-            return sys.modules[name]
         package = importlib.util.find_spec("robustbench")
         if package is None or not package.submodule_search_locations:
             raise ImportError(
                 "This network is made of RobustBench's architectures, and RobustBench is not installed: "
                 '`pip install "art_clat[evaluation]"` brings it.'
             ) from error
+        if name in sys.modules:  # it had been imported when the rest failed
+            return sys.modules[name]
         file = Path(package.submodule_search_locations[0], "model_zoo", "architectures", f"{module}.py")
         spec = importlib.util.spec_from_file_location(name, file)
         if spec is None or spec.loader is None or not file.is_file():
