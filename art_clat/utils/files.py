@@ -39,7 +39,7 @@ def prepare(folder: Path) -> None:
 
 def write(path: Path, tensors: Mapping[str, torch.Tensor], content: Mapping[str, object]) -> None:
     """
-    Write tensors and JSON to a file. If the process is killed, the file is the complete old one or the complete new one.
+    Write tensors and JSON to a file. If the process is killed, the file is either the old or the new one, complete.
 
     It gets the permissions that the user's umask asks for, as any file does.
 
