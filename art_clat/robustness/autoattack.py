@@ -31,13 +31,13 @@ _ATTRIBUTES: dict[str, tuple[str, dict[str, Any]]] = {
 
 #: Words in AutoAttack's warnings, and what these mean.
 _EXPLANATIONS = {
-    "zero gradient": "For some examples the gradient that AutoAttack follows is zero: its attacks that need one may "
-    "have failed there, and robust accuracy may be overestimated (masked gradients, saturated outputs).",
-    "dynamic defense": "The network computes gradients in its forward pass, as a dynamic defense does that changes at "
-    "test time: AutoAttack may be too weak for it, an adaptive attack is needed.",
+    "zero gradient": "For some examples the gradient that AutoAttack follows is zero. Its attacks with gradients may have "
+    "failed there, and robust accuracy may be overestimated (masked gradients, saturated outputs).",
+    "dynamic defense": "The network computes gradients in its forward pass, like a dynamic defense, which changes at "
+    "test time. AutoAttack may be too weak for it: use an adaptive attack.",
     "Square Attack has decreased": "Square Attack, which needs no gradients, lowered the robust accuracy that the "
-    "attacks with gradients had left: gradients may be masked, and robust accuracy overestimated; try more of its "
-    "queries, or an adaptive attack.",
+    "attacks with gradients had left. Gradients may be masked and robust accuracy overestimated: try more queries, or "
+    "an adaptive attack.",
 }
 
 
@@ -52,7 +52,6 @@ class Ensemble:
     :param norm: ``"Linf"``, ``"L2"`` or ``"L1"``.
     :param eps: ε, in units of the input.
     :param version: ``"standard"``, ``"plus"`` or ``"rand"``.
-    :param nb_classes: Number of classes.
     :param seed: Seed of every attack on every batch.
     :param device: Where the network runs.
     :raises ImportError: If AutoAttack is not installed.

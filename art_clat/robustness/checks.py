@@ -60,8 +60,8 @@ def count_classes(model: nn.Module, x: torch.Tensor, argument: str) -> int:
     """
     Return the number of classes. Refuse inputs that do not fit, and outputs that are no logits.
 
-    :param model: The network.
-    :param x: A batch of inputs, on its device.
+    :param model: Returns logits.
+    :param x: A batch of inputs, on the network's device.
     :param argument: Name of the argument, for messages.
     :return: The number of classes.
     :raises ValueError: If the network fails on the inputs, or its outputs are probabilities, or not finite.
@@ -97,8 +97,8 @@ def warn_about_randomness(model: nn.Module, x: torch.Tensor) -> list[str]:
     """
     Check whether outputs differ from one forward pass to the next, by AutoAttack's own measure.
 
-    :param model: The network.
-    :param x: A batch of inputs, on its device.
+    :param model: Returns logits.
+    :param x: A batch of inputs, on the network's device.
     :return: A warning if they do.
     :raises ValueError: If they do not, but the outputs for an image depend on the other images of the batch.
     """
@@ -116,7 +116,7 @@ def warn_about_randomness(model: nn.Module, x: torch.Tensor) -> list[str]:
             )
         return []
     return [
-        "The network gives different outputs for the same inputs, as a randomized defense does, or dropout that is "
+        "The network returns different outputs for the same inputs, as a randomized defense does, or dropout that is "
         'left on: AutoAttack\'s version "rand" is made for those, the others overestimate robust accuracy.'
     ]
 
@@ -125,9 +125,9 @@ def warn_about_gradients(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> 
     """
     Check whether there are gradients for attacks to follow.
 
-    :param model: The network.
-    :param x: A batch of inputs, on its device.
-    :param y: Their index labels, on its device.
+    :param model: Returns logits.
+    :param x: A batch of inputs, on the network's device.
+    :param y: Their index labels, on the network's device.
     :return: Warnings if the gradient vanishes for some inputs, or the outputs look like those of a sigmoid.
     :raises ValueError: If torch has no gradient of the outputs with respect to the inputs.
     """
@@ -159,10 +159,9 @@ def warn_about_inputs(
     """
     Check whether inputs are in the range that the network was trained on.
 
-    :param model: The network.
+    :param model: Returns logits.
     :param x: Inputs in [0, 1], on the CPU.
     :param y: Index labels, on the CPU.
-    :param nb_classes: Number of classes.
     :param device: Where the network runs.
     :param batch_size: Examples in a batch.
     :return: A warning if clean accuracy is that of guessing.

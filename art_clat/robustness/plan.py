@@ -86,7 +86,7 @@ def make_plan(target: Target, settings: Settings, *, source: Target | None, auto
     the examples that the one before has left.
 
     :param target: What is evaluated.
-    :param settings: The settings.
+    :param settings: Where the norm, ε, and PGD's steps and restarts are taken from.
     :param source: Whose adversarial examples are tried on `target`; `None` for no transfer.
     :param autoattack: AutoAttack on `target`, or `None` to leave it out.
     :return: The steps, in their order.

@@ -234,9 +234,9 @@ def make_report(
     """
     Make a report of what came out of an evaluation.
 
-    :param settings: Its settings.
+    :param settings: What it was run with; the report repeats them.
     :param images: The examples, shape (n, channels, height, width), on the CPU.
-    :param plan: Its steps.
+    :param plan: The steps that were run.
     :param outcomes: The outcome of each step, by name.
     :param warnings: What makes the figures doubtful; the report has each once.
     :return: The report.

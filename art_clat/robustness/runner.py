@@ -79,7 +79,7 @@ class Folder:
             before, scale = tensors["outputs"], float(self._outputs.abs().max())
             if not torch.allclose(before, self._outputs, rtol=0, atol=1e-3 * scale):  # other machines round differently
                 raise ValueError(
-                    f"`checkpoint`: {self._path} holds the evaluation of a network with these weights that gave other "
+                    f"`checkpoint`: {self._path} holds the evaluation of a network with these weights that returned other "
                     "outputs for the same inputs. Its code has changed since. Use another folder."
                 )
         elif self._path.exists() and (
@@ -148,7 +148,7 @@ class Evaluation:
     :param x: Examples, shape (n, channels, height, width), on the CPU.
     :param y: Index labels, shape (n,), on the CPU.
     :param plan: The steps to come, in their order.
-    :param settings: The settings; those of batches and of the seed matter here.
+    :param settings: Where the batch size and the seed are taken from.
     :param ranks: The processes that share the batches.
     :param folder: Where to save, or `None`.
     :param verbose: Show the progress.

@@ -163,7 +163,7 @@ class TestRefused:
         forward = model.forward
         model.forward = lambda x: forward(x * 0.9)
         before = {path.name: path.read_bytes() for path in run.iterdir()}
-        with pytest.raises(ValueError, match="gave other outputs for the same inputs"):
+        with pytest.raises(ValueError, match="returned other outputs for the same inputs"):
             evaluate_robustness(model, *held_out(), **{**SETTINGS, "autoattack_version": None, "checkpoint": run})
         assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
