@@ -31,8 +31,8 @@ _ATTRIBUTES: dict[str, tuple[str, dict[str, Any]]] = {
 
 #: Words in AutoAttack's warnings, and what these mean.
 _EXPLANATIONS = {
-    "zero gradient": "For some examples the gradient that AutoAttack follows is zero. Its attacks with gradients may have "
-    "failed there, and robust accuracy may be overestimated (masked gradients, saturated outputs).",
+    "zero gradient": "For some examples the gradient that AutoAttack follows is zero. Its attacks with gradients may "
+    "have failed there, and robust accuracy may be overestimated (masked gradients, saturated outputs).",
     "dynamic defense": "The network computes gradients in its forward pass, like a dynamic defense, which changes at "
     "test time. AutoAttack may be too weak for it: use an adaptive attack.",
     "Square Attack has decreased": "Square Attack, which needs no gradients, lowered the robust accuracy that the "

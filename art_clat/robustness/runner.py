@@ -79,8 +79,8 @@ class Folder:
             before, scale = tensors["outputs"], float(self._outputs.abs().max())
             if not torch.allclose(before, self._outputs, rtol=0, atol=1e-3 * scale):  # other machines round differently
                 raise ValueError(
-                    f"`checkpoint`: {self._path} holds the evaluation of a network with these weights that returned other "
-                    "outputs for the same inputs. Its code has changed since. Use another folder."
+                    f"`checkpoint`: {self._path} holds the evaluation of a network with these weights that returned "
+                    "other outputs for the same inputs. Its code has changed since. Use another folder."
                 )
         elif self._path.exists() and (
             not self._path.is_dir() or any(entry.suffix != ".tmp" for entry in self._path.iterdir())
