@@ -21,6 +21,7 @@ from art_clat.training.objectives import (
     register_objective,
 )
 from art_clat.utils.batch import Batch
+from art_clat.utils.robustbench_import import install_finder
 
 __all__ = [
     "AdversarialCLAT",
@@ -51,3 +52,5 @@ __all__ = [
     "register_selection_rule",
     "write_robustbench_entry",
 ]
+
+install_finder()  # RobustBench can be imported from here on

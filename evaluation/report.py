@@ -34,8 +34,9 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from art_clat import History, RobustnessReport
-from art_clat.leaderboard.entries import as_robustbench_writes, leaderboard_shortfalls
+from art_clat.leaderboard.entries import leaderboard_shortfalls
 from art_clat.utils.files import read
+from art_clat.utils.formatting import format_eps
 from art_clat.utils.plots import new_axes
 
 TEMPLATE = Path(__file__).with_suffix(".html.j2")
@@ -158,7 +159,7 @@ class Page:
         notes += report.warnings
         if dataset in ("cifar10", "cifar100", "imagenet") and report.autoattack is not None:
             notes += leaderboard_shortfalls(report, dataset)
-        threat = f"{dataset}, {NORMS[report.norm]}, ε = {as_robustbench_writes(report.eps, report.norm)}"
+        threat = f"{dataset}, {NORMS[report.norm]}, ε = {format_eps(report.eps, report.norm)}"
         if report.autoattack_version not in (None, "standard"):
             threat += f", AutoAttack's {report.autoattack_version} version"
         self.rows.append(

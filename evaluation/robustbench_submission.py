@@ -42,7 +42,6 @@ from art_clat.leaderboard.definitions import (
     zoo_entry,
 )
 from art_clat.leaderboard.entries import (
-    as_robustbench_writes,
     leaderboard_row,
     leaderboard_shortfalls,
     preprocessing_shortfalls,
@@ -50,6 +49,7 @@ from art_clat.leaderboard.entries import (
 from art_clat.models.by_name import load_function, load_model
 from art_clat.models.datasets import IMAGENET_PREPROCESSING, TestData, load_data
 from art_clat.robustness.checks import ORDERS
+from art_clat.utils.formatting import format_eps
 from art_clat.utils.robustbench_import import robustbench_utils
 
 TODO = "TODO"
@@ -152,7 +152,7 @@ def form(
     definition: str,
 ) -> str:
     """Fill in RobustBench's "New Model(s)" form."""
-    eps = as_robustbench_writes(report.eps, report.norm)
+    eps = format_eps(report.eps, report.norm)
     dataset, norm = about["data"]["name"], report.norm
     head = f"[New Model] {args.model_id}"
     warning = ""
