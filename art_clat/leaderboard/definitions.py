@@ -222,7 +222,8 @@ def _from_recipe(recipe: BackboneRecipe) -> tuple[str, list[str]]:
     if copied:
         imports |= {"from typing import Any", "from torch import nn"}
     functions = [inspect.getsource(function).rstrip() for function in dict.fromkeys(copied)]
-    return "\n\n\n".join(["\n".join(sorted(imports, key=lambda line: (line.startswith("from"), line))), *functions]), lines
+    head = "\n".join(sorted(imports, key=lambda line: (line.startswith("from"), line)))
+    return "\n\n\n".join([head, *functions]), lines
 
 
 def _written(value: Any, imports: set[str], *, first: str | None = None) -> str:
@@ -245,17 +246,18 @@ def _written(value: Any, imports: set[str], *, first: str | None = None) -> str:
 
 
 def _keywords(arguments: Mapping[str, object]) -> str:
+    """Write keyword arguments."""
     return ", ".join(f"{key}={value!r}" for key, value in arguments.items())
 
 
 def zoo_entry(model_id: str, dataset: str, norm: str) -> str:
     """
-    Write the entry for ``robustbench/model_zoo/<dataset>.py``, as RobustBench has them for timm's networks.
+    Write the entry for ``robustbench/model_zoo/<dataset>.py``, in the form that RobustBench uses for timm's networks.
 
     :param model_id: RobustBench's key of the model.
     :param dataset: ``"cifar10"``, ``"cifar100"`` or ``"imagenet"``.
     :param norm: ``"Linf"`` or ``"L2"``.
-    :return: An item of the list that the dictionary of the threat model is made of.
+    :return: An item of the list that RobustBench makes the threat model's dictionary from.
     :raises ValueError: As :func:`timm_name`.
     """
     name = timm_name(model_id, dataset, norm)
@@ -274,13 +276,13 @@ def load_from_robustbench(
     norm: str,
 ) -> nn.Module:
     """
-    Load a network with RobustBench's own ``load_model``, from the file of :func:`model_definition` and local weights.
+    Load a network with RobustBench's own ``load_model``.
 
-    The definition is Python and is executed: take it from whom you trust. Its network stays registered with timm.
+    The definition is executed: use one from somebody you trust. Its network stays registered with timm.
 
-    :param definition: The file.
-    :param checkpoint: The weights, a ``state_dict`` in a ``.safetensors`` or a ``.pt`` file, see
-           :func:`write_checkpoint`; `None` for random ones.
+    :param definition: The file of :func:`model_definition`.
+    :param checkpoint: A ``state_dict`` in a ``.safetensors`` or a ``.pt`` file, see :func:`write_checkpoint`; `None`
+           for random weights.
     :param model_id: RobustBench's key of the model.
     :param dataset: ``"cifar10"``, ``"cifar100"`` or ``"imagenet"``.
     :param norm: ``"Linf"`` or ``"L2"``.
@@ -294,12 +296,12 @@ def load_from_robustbench(
     if specification is None or specification.loader is None:
         raise ValueError(f"`definition` must be a .py file, got {os.fspath(definition)!r}.")
     module: Any = importlib.util.module_from_spec(specification)
-    sys.modules[name] = module  # where timm's registry looks for it
+    sys.modules[name] = module  # timm's registry looks here
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=f"Overwriting .* in registry with {name}")
         warnings.filterwarnings("ignore", message=f"{re.escape(model_id)}: without CHECKPOINT_URL")
         specification.loader.exec_module(module)
-        module.CHECKPOINT_URL = None  # the local weights are wanted
+        module.CHECKPOINT_URL = None  # nothing is downloaded
         path = "" if checkpoint is None else os.fspath(checkpoint)
         model = utils.load_model(model_id, dataset=dataset, threat_model=norm, custom_checkpoint=path)
     return model  # type: ignore[no-any-return]
@@ -315,15 +317,15 @@ def write_checkpoint(
     norm: str,
 ) -> None:
     """
-    Write the weights of a network as those of its definition: RobustBench's normalisation has another shape.
+    Write the weights of a network so that its definition loads them. RobustBench's normalisation has another shape.
 
-    :param network: The network.
-    :param path: The file, for ``torch.load``.
-    :param definition: The file of :func:`model_definition`, which is executed.
+    :param network: A network whose definition exists.
+    :param path: The file to write, for ``torch.load``.
+    :param definition: The file of :func:`model_definition`. It is executed.
     :param model_id: RobustBench's key of the model.
     :param dataset: ``"cifar10"``, ``"cifar100"`` or ``"imagenet"``.
     :param norm: ``"Linf"`` or ``"L2"``.
-    :raises ValueError: If the definition is of another network.
+    :raises ValueError: If the definition makes another network.
     """
     defined = load_from_robustbench(definition, None, model_id=model_id, dataset=dataset, norm=norm).state_dict()
     tensors = network.state_dict()
