@@ -92,6 +92,7 @@ def vgg16_bn_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 
 def _wideresnet(name: str, depth: int, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    """Make a WideResNet of ten times the width."""
     settings = _settings(name, pretrained, kwargs)
     return _made(name, Call(_architectures("wide_resnet").WideResNet, (depth,), {"widen_factor": 10, **settings}))
 

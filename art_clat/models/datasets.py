@@ -74,15 +74,15 @@ def load_data(
         if nb_classes not in (None, classes):
             raise ValueError(
                 f"`nb_classes` is {nb_classes}, {name} has {classes} folders: labels are the folders' numbers in "
-                "alphabetical order, so that every class needs its folder."
+                "alphabetical order, so every class needs a folder."
             )
     elif Path(name).suffix == ".npz":
         x, y = _npz(Path(name))
         classes = int(y.max()) + 1
     else:
         raise FileNotFoundError(
-            f"`dataset` must be one of {', '.join(DATASETS)}, an image folder or an .npz file; {name!r} is none, nor "
-            f"is there such a folder in {Path.cwd()}."
+            f"`dataset` must be one of {', '.join(DATASETS)}, an image folder or an .npz file, got {name!r}; there is "
+            f"no such folder in {Path.cwd()}."
         )
     if len(x) < (nb_examples or 0):
         raise ValueError(f"`nb_examples` is {nb_examples}, {name} has {len(x)} examples.")

@@ -118,8 +118,8 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         )
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"`checkpoint`: {path} is damaged, or holds more than tensors (a whole network, say), which would have to "
-            "be executed and is not. Save `model.state_dict()`."
+            f"`checkpoint`: {path} is damaged, or holds more than tensors, e.g. a whole network. Nothing in it was "
+            "executed. Save `model.state_dict()` instead."
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise ValueError(
@@ -129,13 +129,13 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         content = next((content[name] for name in ENTRIES if isinstance(content.get(name), dict)), content)
     if not isinstance(content, dict) or not content or not all(map(torch.is_tensor, content.values())):
         raise ValueError(
-            f"`checkpoint`: {path} holds no network's tensors by their names; `model.state_dict()`, by itself or under "
-            f"one of {', '.join(ENTRIES)}, is accepted."
+            f"`checkpoint`: {path} holds no network's tensors by their names. Accepted is `model.state_dict()`, by "
+            f"itself or under one of {', '.join(ENTRIES)}."
         )
     tensors: dict[str, torch.Tensor] = clean_state_dict(content)
     averages = {name.removeprefix("average:"): t for name, t in tensors.items() if name.startswith("average:")}
     if averages:
-        logger.info("%s has averaged weights; those are taken.", path)
+        logger.info("%s has averaged weights; they are loaded.", path)
     of_network = {name: t for name, t in tensors.items() if not name.startswith(("optimizer:", "average:"))}
     return of_network | averages
 
