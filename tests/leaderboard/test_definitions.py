@@ -78,6 +78,12 @@ class TestModelZoo:
         assert not loaded.training
         assert torch.equal(loaded(x), model(x))
 
+    def test_has_the_normalisations_constants_without_weights_too(self, packed):
+        _, definition, _ = packed
+        normalize = load_from_robustbench(definition, None, **SETTING).normalize
+        assert normalize.mean.flatten().tolist() == pytest.approx(BACKBONE["mean"])
+        assert normalize.std.flatten().tolist() == pytest.approx(BACKBONE["std"])
+
     def test_needs_nothing_else_of_this_package(self, packed, tmp_path):
         """As RobustBench would have it: its load_model, the zoo's entry, and no art_clat."""
         model, _, weights = packed
