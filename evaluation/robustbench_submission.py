@@ -47,7 +47,7 @@ from art_clat.leaderboard.entries import (
     preprocessing_shortfalls,
 )
 from art_clat.models.by_name import load_function, load_model
-from art_clat.models.datasets import IMAGENET_PREPROCESSING, TestData, load_data
+from art_clat.models.datasets import IMAGENET_PREPROCESSING, EvaluationData, load_data
 from art_clat.robustness.checks import ORDERS
 from art_clat.utils.formatting import format_eps
 from art_clat.utils.robustbench_import import robustbench_utils
@@ -103,7 +103,7 @@ def maker(
     raise ValueError(f"`run`: the evaluation is of {name}, which is one of RobustBench's own models.")
 
 
-def check_adversarial(report: RobustnessReport, path: Path, data: TestData, network: nn.Module) -> list[str]:
+def check_adversarial(report: RobustnessReport, path: Path, data: EvaluationData, network: nn.Module) -> list[str]:
     """Make sure that adversarial examples, verdicts, data and network belong together, and say how far they do."""
     try:
         adversarial = torch.load(path, map_location="cpu", weights_only=True)

@@ -13,6 +13,7 @@ from timm.layers import ClassifierHead
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
+from art_clat.models.recipe import BackboneRecipe, Call, replace_module
 from art_clat.utils.robustbench_import import robustbench_utils
 
 default_cfgs = generate_default_cfgs(
@@ -43,16 +44,14 @@ def preactresnet18_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """PreActResNet-18, RobustBench's, with a BatchNorm before the classifier (as in Rice et al., arXiv 2002.11569)."""
     resnet = _architectures("resnet")
     settings = {"bn_before_fc": True, "out_shortcut": True, **_settings("preactresnet18_cifar", pretrained, kwargs)}
-    return _with_config(
-        "preactresnet18_cifar", resnet.PreActResNet(resnet.PreActBlock, [2, 2, 2, 2], **settings), settings
-    )
+    return _made("preactresnet18_cifar", Call(resnet.PreActResNet, (resnet.PreActBlock, [2, 2, 2, 2]), settings))
 
 
 def resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-18 with a 3×3 stem, RobustBench's."""
     resnet = _architectures("resnet")
     settings = _settings("resnet18_cifar", pretrained, kwargs)
-    return _with_config("resnet18_cifar", resnet.ResNet(resnet.BasicBlock, [2, 2, 2, 2], **settings), settings)
+    return _made("resnet18_cifar", Call(resnet.ResNet, (resnet.BasicBlock, [2, 2, 2, 2]), settings))
 
 
 def wideresnet28_10_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -68,28 +67,37 @@ def wideresnet34_10_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 def densenet121_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DenseNet-121, timm's, with a 3×3 stem of stride 1 and without the first pooling."""
     settings = _settings("densenet121_cifar", pretrained, kwargs, in_chans=3)
-    model = timm.create_model("densenet121", **settings)
-    stem = model.features.conv0
-    model.features.conv0 = nn.Conv2d(stem.in_channels, stem.out_channels, 3, padding=1, bias=False)
+    width = 2 * settings.get("growth_rate", 32)
+    stem = Call(nn.Conv2d, (settings["in_chans"], width, 3), {"padding": 1, "bias": False})
+    model: Any = _made(
+        "densenet121_cifar",
+        Call(timm.create_model, ("densenet121",), settings),
+        Call(replace_module, ("features.conv0", stem)),
+        Call(replace_module, ("features.pool0", Call(nn.Identity))),
+    )
     nn.init.kaiming_normal_(model.features.conv0.weight)
-    model.features.pool0 = nn.Identity()
-    return _with_config("densenet121_cifar", model, settings)
+    return model  # type: ignore[no-any-return]
 
 
 def vgg16_bn_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """VGG-16 with BatchNorm, timm's, with one linear layer after the convolutions."""
     settings = _settings("vgg16_bn_cifar", pretrained, kwargs, in_chans=3)
-    model = timm.create_model("vgg16_bn", **{**settings, "num_classes": 0})
-    model.num_classes = settings["num_classes"]
+    classes, drop_rate = settings["num_classes"], settings.get("drop_rate", 0.0)
+    model: Any = _made(
+        "vgg16_bn_cifar",
+        Call(timm.create_model, ("vgg16_bn",), {**settings, "num_classes": 0}),
+        Call(replace_module, ("pre_logits", Call(nn.Identity))),
+        Call(replace_module, ("head", Call(ClassifierHead, (512, classes), {"drop_rate": drop_rate}))),
+        num_classes=classes,
+    )
     model.head_hidden_size = model.num_features
-    model.pre_logits = nn.Identity()
-    model.head = ClassifierHead(model.num_features, model.num_classes, drop_rate=settings.get("drop_rate", 0.0))
-    return _with_config("vgg16_bn_cifar", model, settings)
+    return model  # type: ignore[no-any-return]
 
 
 def _wideresnet(name: str, depth: int, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    """Make a WideResNet of ten times the width."""
     settings = _settings(name, pretrained, kwargs)
-    return _with_config(name, _architectures("wide_resnet").WideResNet(depth, widen_factor=10, **settings), settings)
+    return _made(name, Call(_architectures("wide_resnet").WideResNet, (depth,), {"widen_factor": 10, **settings}))
 
 
 def _architectures(module: str) -> Any:
@@ -130,12 +138,14 @@ def _settings(name: str, pretrained: bool, kwargs: dict[str, Any], **more: Any) 
     return settings
 
 
-def _with_config(name: str, model: Any, settings: dict[str, Any]) -> nn.Module:
-    """Set the attributes by which timm's networks describe themselves."""
-    model.num_classes = settings["num_classes"]
+def _made(name: str, create: Call, *adaptations: Call, num_classes: int | None = None) -> nn.Module:
+    """Make a network, and let it say of itself what timm's networks say, and how it was made."""
+    recipe = BackboneRecipe(create, adaptations)
+    model: Any = recipe.make()
+    model.num_classes = create.keywords["num_classes"] if num_classes is None else num_classes
     model.pretrained_cfg = model.default_cfg = default_cfgs[name].default.to_dict()
-    network: nn.Module = model
-    return network
+    model.recipe = recipe
+    return model  # type: ignore[no-any-return]
 
 
 for _function in (

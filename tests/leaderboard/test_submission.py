@@ -11,7 +11,7 @@ import torch
 from art_clat import RobustnessReport
 from art_clat.leaderboard.definitions import load_from_robustbench
 from art_clat.models.by_name import load_function
-from art_clat.models.datasets import TestData
+from art_clat.models.datasets import EvaluationData
 from art_clat.utils.robustbench_import import robustbench_utils
 
 SCRIPT = Path(__file__).parents[2] / "evaluation" / "robustbench_submission.py"
@@ -39,7 +39,7 @@ def script():
 @pytest.fixture
 def data():
     rng = np.random.default_rng(0)
-    return TestData(rng.random((32, 3, 32, 32), dtype=np.float32), rng.integers(0, 10, 32), 10)
+    return EvaluationData(rng.random((32, 3, 32, 32), dtype=np.float32), rng.integers(0, 10, 32), 10)
 
 
 @pytest.fixture
