@@ -69,19 +69,20 @@ def introduction(study: Study, evidence: Evidence) -> list[str]:
     return [
         f"# Results of the preset `{name}`",
         training_text(preset),
-        "Accuracies in percent on test images, of the last epoch unless it says otherwise: mean ± half the 95 % "
+        "Accuracies are in percent, on test images, after the last epoch unless stated otherwise: mean ± half the 95 % "
         f"interval (Student's t) over seeds. Every seed draws its own {preset['train_images']} training, "
-        f"{preset['validation_images']} validation and {preset['test_images']} test images; AutoAttack "
-        f"(standard) runs on the first {preset['autoattack_images']} of the latter, PGD-20 on all, and on as "
-        "many training images as AutoAttack. The best epoch is that of the highest accuracy under the training "
-        f"attack on {validated} validation images, of the arm's own: the checkpoint that they begin with is no "
-        "candidate. *trained* is the mean share of the parameters over the selections. "
-        "The seconds an epoch have the selections in them, and whatever else the machine did.",
-        "Differences are paired by seed; p is the paired t-test's, not corrected for the number of comparisons, best "
-        f"epochs are compared with best epochs. *validation* is the last epoch's accuracy under the training attack on "
-        f"{validated} validation images, by which the package's defaults are to be chosen, not by test images.",
-        f"`python evaluation/paper_tables.py run --preset {name} --data DIR` and `… aggregate --preset "
-        f"{name}`, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, {'; '.join(machines)}.",
+        f"{preset['validation_images']} validation and {preset['test_images']} test images. PGD-20 runs on all test "
+        f"images, AutoAttack (standard) on the first {preset['autoattack_images']}, *train PGD-20* on as many training "
+        "images. The best epoch is the arm's epoch with the highest accuracy under the training attack on "
+        f"{validated} validation images; the first stage's checkpoint is not a candidate. *trained* is the mean share "
+        "of trained parameters over the selections. *s an epoch* includes the selections, and whatever else the "
+        "machine did.",
+        "Differences are paired by seed. p is that of the paired t-test, not corrected for the number of comparisons. "
+        "Best epochs are compared with best epochs. *validation* is the last epoch's accuracy under the training "
+        f"attack on {validated} validation images. It decides the package's defaults; test images do not.",
+        f"Made with `python evaluation/paper_tables run --preset {name} --data DIR` and `python "
+        f"evaluation/paper_tables aggregate --preset {name}`, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, "
+        f"{'; '.join(machines)}.",
         *(
             f"{text}: {', '.join(dict.fromkeys(runs['arm'][[version == text for version in versions]]))}."
             for text in dict.fromkeys(versions)
@@ -95,9 +96,9 @@ def training_text(preset: Settings) -> str:
     parameters = sum(parameter.numel() for parameter in make_model(preset, 0).parameters())
     return (
         f"{preset['data']}, timm's `{preset['backbone']}` with {parameters:,} parameters, augmentation: "
-        f"{preset.get('augmentation', 'none')}. {first} epochs of the first stage (PGD-AT but in table D), then "
-        f"{more} of each arm, from the one checkpoint of a seed, in batches of {preset['batch_size']}: SGD with "
-        f"momentum 0.9 and weight decay 5e-4, learning rate {preset['lr']} falling along a cosine over all "
+        f"{preset.get('augmentation', 'none')}. The first stage, PGD-AT except in table D, takes {first} epochs. Each "
+        f"arm continues from its seed's first stage for {more} epochs. Batches of {preset['batch_size']}; SGD with "
+        f"momentum 0.9 and weight decay 5e-4; learning rate {preset['lr']}, falling along a cosine over all "
         f"{first + more} epochs, times the arm's factor. Training attack: PGD, ℓ∞, ε = {255 * preset['eps']:.3g}/255, "
         f"{preset['attack_steps']} steps of {255 * preset['eps_step']:.3g}/255 from a random start. Layers are chosen "
         f"every {preset['reselect_every']} epochs, on {preset['selection_samples']} training images."
@@ -125,8 +126,8 @@ def table_sections(results: Results, letter: str, evidence: Evidence) -> list[st
     return [
         *sections,
         f"### Together with the seeds of `{tuner.name}`",
-        "The arms that have runs of both. One that was picked for what it reached on those seeds looks better "
-        "here than it is.",
+        "The arms with runs of both. An arm that was picked for its results on those seeds looks better here than it "
+        "is.",
         accuracy_table(study, of_both, together, [*tuner.seeds, *seeds]),
         difference_table(study, of_both, together),
     ]
@@ -142,12 +143,12 @@ def stability_sections(results: Results) -> list[str]:
 def second_stage_sections(study: Study, evidence: Evidence) -> list[str]:
     """Write what the second stage changed."""
     return [
-        "## What the second stage did",
-        f"Means over the seeds: the last epoch's accuracy under the training attack on {study.validated_images} "
-        "validation images; "
-        "the second term of the loss, before its weight (CLAT's feature distance, the divergence of TRADES and MART); "
-        "the criticality index of the layers chosen at the first selection, then and at the last selection, and the "
-        "relative error of their features under the attack, which no scale of weights changes.",
+        "## What the second stage changed",
+        f"Means over the seeds. *validation*: the last epoch's accuracy under the training attack on "
+        f"{study.validated_images} validation images. *second term*: that of the loss, before its weight (CLAT's "
+        "feature distance, the divergence of TRADES and MART). *index*: the criticality index of the layers chosen at "
+        "the first selection, measured then and at the last selection. *relative error*: that of the same layers' "
+        "features under the attack, which does not depend on the scale of the weights.",
         second_stage_table(study, evidence, study.table_arms),
     ]
 
@@ -158,9 +159,9 @@ def tuning_sections(results: Results) -> list[str]:
     images = study.preset["validation_images"] * len(study.preset["tuning_seeds"])
     return [
         "## What tuning chose" + (f" in the preset `{tuner.name}`" if tuner is not study else ""),
-        f"By the last epoch's PGD-20 accuracy on {images} validation images; the first of equals. `lr` is a factor on "
-        "the schedule, `criticality_weight` is λ. At 20 % the standard error is "
-        f"{100 * np.sqrt(0.2 * 0.8 / images):.1f} points: values that differ by less were as good as drawn.",
+        f"Chosen by the last epoch's PGD-20 accuracy on {images} validation images; of equal values, the first. `lr` "
+        "is a factor on the schedule, `criticality_weight` is λ. At an accuracy of 20 % the standard error is "
+        f"{100 * np.sqrt(0.2 * 0.8 / images):.1f} points; smaller differences between values mean nothing.",
         tuning_table(results, study.table_arms),
     ]
 
@@ -174,7 +175,7 @@ def warning_sections(evidence: Evidence) -> list[str]:
         for when in ("last", "best")
         for message in run[f"{when}_warnings"]
     ]
-    return ["## What AutoAttack warned of", "\n".join(warnings) or "Nothing."]
+    return ["## AutoAttack's warnings", "\n".join(warnings) or "Nothing."]
 
 
 def failure_sections(evidence: Evidence) -> list[str]:
