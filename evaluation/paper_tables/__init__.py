@@ -11,7 +11,7 @@ order, schedule and attack. λ and the learning rate are tuned on validation ima
 images are used once, at the end of a run. A job that crashes is recorded as failed, and ``aggregate`` reports it.
 ``stability`` measures the criticality of the first stages' layers several times, for table E.
 
-A finished job is one JSON file in the work folder. ``collect`` moves nothing: it adds the finished jobs to the files
-of a preset in ``evaluation/results/paper_tables/``, which are committed. ``aggregate`` collects, then writes
-``results.md`` and the plots from the committed files alone.
+A finished job is one JSON file in the work folder. ``collect`` adds the finished jobs to the committed files in
+``evaluation/results/paper_tables/``; the jobs' files stay, and count before the committed ones. ``aggregate`` collects,
+then writes ``results.md`` and the plots from the committed files alone.
 """
