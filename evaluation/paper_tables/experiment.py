@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +15,9 @@ from torch import nn
 from art_clat import AdversarialTrainerCLATPyTorch, RobustnessReport, evaluate_robustness, measure_criticality
 from art_clat.training.history import History
 from paper_tables.configuration import Settings, Study, run_settings
-from paper_tables.files import write_whole
-from paper_tables.networks import ART_TRAINERS, Examples, cosine, load_data, make_model, make_trainer
+from paper_tables.files import Record, write_whole
+from paper_tables.networks import ART_TRAINERS, NB_CLASSES, Examples, cosine, load_data, make_model, make_trainer
 
-Record = dict[str, Any]
 State = dict[str, torch.Tensor]
 
 
@@ -51,7 +49,7 @@ class Experiment:
         x, y = train
         ART_TRAINERS[base](trainer, self.preset).fit(
             x,
-            np.eye(10, dtype=np.float32)[y],
+            np.eye(NB_CLASSES, dtype=np.float32)[y],
             batch_size=self.preset["batch_size"],
             nb_epochs=self.preset["first_stage_epochs"],
         )

@@ -12,7 +12,7 @@ The results of a study: one JSON file a finished job in the work folder, and the
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -239,26 +239,27 @@ def _by_run(rows: list[dict[str, str]]) -> dict[tuple[str, int], list[Record]]:
 
 def epoch_rows(job: Job, history: Record) -> list[Record]:
     """Return one row an epoch."""
-    return [{"arm": job.arm, "seed": job.seed, **_known(epoch, EPOCH_COLUMNS)} for epoch in history["epochs"]]
+    return [{"arm": job.arm, "seed": job.seed, **_pick(epoch, EPOCH_COLUMNS[2:])} for epoch in history["epochs"]]
 
 
 def layer_rows(job: Job, history: Record) -> list[Record]:
     """Return one row a layer of a selection."""
+    of_layer = ("name", "weakness", "criticality", "relative_error", "relative_criticality", "nb_parameters", "is_head")
     return [
         {
-            **_known(selection, LAYER_COLUMNS),
-            **_known(selection["measured"], LAYER_COLUMNS),
-            **_known(layer, LAYER_COLUMNS),
             "arm": job.arm,
             "seed": job.seed,
             "chosen": layer["name"] in selection["chosen"],
+            **_pick(layer, of_layer),
             "shape": "×".join(map(str, layer["shape"])),
+            **_pick(selection["measured"], ("input_weakness", "nb_samples")),
+            **_pick(selection, ("epoch", "trainable_parameters", "total_parameters", "seconds")),
         }
         for selection in history["selections"]
         for layer in selection["measured"]["layers"]
     ]
 
 
-def _known(record: Record, columns: tuple[str, ...]) -> Record:
-    """Return what has a column."""
-    return {key: value for key, value in record.items() if key in columns}
+def _pick(record: Record, columns: Sequence[str]) -> Record:
+    """Return some columns; each must be there, so that a renamed field of the history is noticed."""
+    return {column: record[column] for column in columns}

@@ -17,13 +17,15 @@ from paper_tables.configuration import CONFIGURATION, Study, load_configuration,
 from paper_tables.evidence import Evidence
 from paper_tables.experiment import Experiment
 from paper_tables.jobs import claimed, measure_all, run_all
-from paper_tables.networks import ART_TRAINERS, load_data, make_model
+from paper_tables.networks import ART_TRAINERS, load_data, make_model, trainer_arguments
 from paper_tables.page import aggregate, share_sections
 from paper_tables.results import Job, RefusedError, Results
 from paper_tables.statistics import interval, paired, trained_share
 from paper_tables.tables import accuracy_table, difference_table, second_stage_table, stability_table, tuning_table
 from safetensors.torch import load_file
 from scipy import stats
+
+from art_clat import Budget
 
 SCRIPT = Path(__file__).parents[2] / "evaluation" / "paper_tables"
 CONFIG = load_configuration()
@@ -130,6 +132,16 @@ class TestConfiguration:
         assert resolve_arm(own_tuning, "b")["tuned_by"] == "b"
         assert arm["tuned_by"] == "a" and arm["title"] == "B" and arm["reselect_every"] == 3
         assert "like" in config["arms"]["b"] and config["arms"]["a"]["trainer"]["budget"] == 0.1
+
+    def test_what_an_arm_leaves_out_does_not_follow_the_packages_defaults(self):
+        preset = CONFIG["presets"]["smoke"]
+        arguments = trainer_arguments(preset, {})
+        assert arguments["objective"] == "adversarial" and arguments["freeze_norms"] is False
+        assert arguments["selection_samples"] == 32 and arguments["augmentation"] is None
+        arm = {"objective": "clean", "freeze_norms": True, "budget": {"parameter_share": 0.05}}
+        arguments = trainer_arguments({**preset, "augmentation": "flip"}, arm)
+        assert arguments["objective"] == "clean" and arguments["freeze_norms"] is True and arguments["augmentation"]
+        assert arguments["budget"] == Budget(parameter_share=0.05)
 
     def test_data_of_a_seed(self):
         preset = CONFIG["presets"]["smoke"]

@@ -126,6 +126,15 @@ class TestCollecting:
         results.collect()
         assert self.files(results) == before
 
+    @pytest.mark.parametrize("field", ["loss", "criticality", "nb_samples", "total_parameters"])
+    def test_a_field_of_the_history_that_was_renamed_is_noticed(self, results, field):
+        job = Job("runs", 0, "pgd_at")
+        text = json.dumps(record_of(results, job))
+        assert f'"{field}"' in text
+        results.write(job, json.loads(text.replace(f'"{field}"', '"renamed"')))
+        with pytest.raises(KeyError, match=field):
+            results.collect()
+
     def test_what_is_no_longer_shared_moves_to_the_lines(self, results):
         self.write(results, 0)
         results.collect()
