@@ -12,6 +12,8 @@ from art_clat.trainer import AdversarialTrainerCLATPyTorch
 from art_clat.training.history import EpochRecord, History, SelectionRecord
 from art_clat.training.objectives import objectives, register_objective
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AdversarialTrainerCLATPyTorch",
     "Budget",

@@ -1,4 +1,3 @@
-import json
 import pickle
 import subprocess
 import sys
@@ -8,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import Code, Normed, make_attack, make_classifier
-from evaluation_run import held_out, trained
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -263,44 +261,3 @@ class TestData:
     def test_that_are_not_there(self, name):
         with pytest.raises(FileNotFoundError, match="is none|there is no file"):
             load_data(name)
-
-
-class TestCommand:
-    SCRIPT = Path(__file__).parents[2] / "evaluation" / "autoattack.py"
-
-    def run(self, *arguments):
-        return subprocess.run(
-            [sys.executable, str(self.SCRIPT), *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            cwd=self.SCRIPT.parents[1] / "tests",
-            timeout=300,
-        )
-
-    def test_from_a_model_to_the_files(self, tmp_path):
-        """And not for another run into the same folder."""
-        settings = ["--model", "evaluation_run:trained", "--dataset", tmp_path / "x.npz", "--batch-size", 5]
-        settings += ["--output", tmp_path / "out"]
-        model, (x, y) = trained(), held_out(12)
-        np.savez(tmp_path / "x.npz", x=x, y=y)
-        first = self.run(*settings, "--eps", "4/25", "--seed", 3)
-        assert first.returncode == 0, first.stderr[-2000:]
-        told = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
-        assert told["eps"] == 0.16 and told["data"]["shape"] == [12, 2, 6, 6] and told["versions"]["torch"]
-        assert told["command"].startswith("python evaluation/autoattack.py --model evaluation_run:trained")
-        assert f"AutoAttack (standard)   {100 * told['autoattack_accuracy']:6.2f} %" in first.stdout
-        log = (tmp_path / "out" / "autoattack.log").read_text(encoding="utf-8")
-        assert "robust accuracy after APGD-CE" in log and "max Linf perturbation: 0.1" in log
-        adversarial = torch.load(tmp_path / "out" / "adversarial.pt", weights_only=True)
-        with np.load(tmp_path / "out" / "verdicts.npz") as verdicts, torch.no_grad():
-            robust = model(adversarial).argmax(1).numpy() == y
-            np.testing.assert_array_equal(robust, verdicts["autoattack/square"])
-        before = {path: path.read_bytes() for path in (tmp_path / "out").glob("*.*")}
-        other = self.run(*settings, "--eps", "5/25", "--seed", 3)
-        assert other.returncode == 1 and "holds another run: eps is 0.16 there, 0.2 here" in other.stderr
-        assert "Traceback" not in other.stderr
-        assert {path: path.read_bytes() for path in (tmp_path / "out").glob("*.*")} == before
-
-    def test_eps_must_be_given(self, tmp_path):
-        done = self.run("--model", "conftest:Normed", "--dataset", "digits", "--output", tmp_path)
-        assert done.returncode == 2 and "--eps" in done.stderr
