@@ -11,6 +11,7 @@ from art_clat.selection.rules import register_selection_rule, selection_rules
 from art_clat.trainer import AdversarialTrainerCLATPyTorch
 from art_clat.training.history import EpochRecord, History, SelectionRecord
 from art_clat.training.objectives import objectives, register_objective
+from art_clat.utils.robustbench_import import install_finder
 
 __version__ = "0.1.0"
 
@@ -33,3 +34,5 @@ __all__ = [
     "selection_rules",
     "write_robustbench_entry",
 ]
+
+install_finder()  # RobustBench can be imported from here on

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from art_clat.robustness.report import RobustnessReport
+from art_clat.utils.formatting import format_eps
 from art_clat.utils.robustbench_import import robustbench_utils
 
 #: Test examples and ε that RobustBench's leaderboards ask for.
@@ -92,7 +93,7 @@ def write_robustbench_entry(
         additional_data=additional_data,
         number_forward_passes=1,
         dataset=dataset,
-        eps=as_robustbench_writes(report.eps, report.norm),
+        eps=format_eps(report.eps, report.norm),
     )
     shortfalls = leaderboard_shortfalls(report, dataset)
     reservation = [f"Not a leaderboard result: {'; '.join(shortfalls)}."] if shortfalls else []
@@ -126,7 +127,7 @@ def leaderboard_shortfalls(report: RobustnessReport, dataset: str) -> list[str]:
     if eps is None:
         found.append(f"RobustBench has no {report.norm} leaderboard for {dataset}")
     elif not np.isclose(report.eps, eps, rtol=1e-6):
-        here, there = (as_robustbench_writes(value, report.norm) for value in (report.eps, eps))
+        here, there = (format_eps(value, report.norm) for value in (report.eps, eps))
         found.append(f"ε = {here} instead of {there}")
     if report.autoattack_version != "standard":
         found.append(f"AutoAttack's {report.autoattack_version} version instead of the standard one")
@@ -161,19 +162,6 @@ def preprocessing_shortfalls(preprocessing: str | None, *, model_id: str, datase
         return []
     here, theirs = (" ".join(text.split()) for text in (here, theirs))
     return [f"evaluated on images made by {here}; RobustBench's `benchmark` derives {theirs}"]
-
-
-def as_robustbench_writes(eps: float, norm: str) -> str:
-    """
-    Write ε as RobustBench does.
-
-    :param eps: In units of inputs in [0, 1].
-    :param norm: ``"Linf"``, ``"L2"`` or ``"L1"``.
-    :return: For ``Linf`` a fraction of 255 where it is one, e.g. ``"8/255"``; else the number.
-    """
-    pixels = eps * 255
-    in_pixels = norm == "Linf" and np.isclose(pixels, round(pixels), rtol=0, atol=1e-6)
-    return f"{round(pixels)}/255" if in_pixels else f"{eps:g}"
 
 
 def leaderboard_row(model_id: str, *, dataset: str, norm: str, directory: str | os.PathLike[str]) -> str:

@@ -10,8 +10,8 @@ from importlib import resources
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
-from art_clat.leaderboard.entries import as_robustbench_writes
 from art_clat.robustness.report import RobustnessReport
+from art_clat.utils.formatting import format_eps
 
 #: What stands where the form asks for something that nobody has said.
 TODO = "TODO"
@@ -101,7 +101,7 @@ def _file_name(value: Any) -> Any:
 def _figures(report: RobustnessReport, about: Mapping[str, Any]) -> dict[str, object]:
     return {
         "norm": report.norm,
-        "eps": as_robustbench_writes(report.eps, report.norm),
+        "eps": format_eps(report.eps, report.norm),
         "clean_accuracy": f"{report.clean_accuracy:.2%}",
         "robust_accuracy": f"{report.autoattack_accuracy:.2%}",
         "version": report.autoattack_version,

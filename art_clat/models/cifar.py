@@ -1,8 +1,11 @@
-"""The CIFAR networks of the CLAT paper, registered with timm: RobustBench's where it has them, else timm's own."""
+"""The CIFAR networks of the CLAT paper, registered with timm: RobustBench's where it has them, timm's otherwise."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -40,7 +43,7 @@ def preactresnet18_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """PreActResNet-18, RobustBench's, with a BatchNorm before the classifier (as in Rice et al., arXiv 2002.11569)."""
     resnet = _architectures("resnet")
     settings = {"bn_before_fc": True, "out_shortcut": True, **_settings("preactresnet18_cifar", pretrained, kwargs)}
-    return _announced(
+    return _with_config(
         "preactresnet18_cifar", resnet.PreActResNet(resnet.PreActBlock, [2, 2, 2, 2], **settings), settings
     )
 
@@ -49,7 +52,7 @@ def resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-18 with a 3×3 stem, RobustBench's."""
     resnet = _architectures("resnet")
     settings = _settings("resnet18_cifar", pretrained, kwargs)
-    return _announced("resnet18_cifar", resnet.ResNet(resnet.BasicBlock, [2, 2, 2, 2], **settings), settings)
+    return _with_config("resnet18_cifar", resnet.ResNet(resnet.BasicBlock, [2, 2, 2, 2], **settings), settings)
 
 
 def wideresnet28_10_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -70,7 +73,7 @@ def densenet121_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     model.features.conv0 = nn.Conv2d(stem.in_channels, stem.out_channels, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(model.features.conv0.weight)
     model.features.pool0 = nn.Identity()
-    return _announced("densenet121_cifar", model, settings)
+    return _with_config("densenet121_cifar", model, settings)
 
 
 def vgg16_bn_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -81,26 +84,44 @@ def vgg16_bn_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     model.head_hidden_size = model.num_features
     model.pre_logits = nn.Identity()
     model.head = ClassifierHead(model.num_features, model.num_classes, drop_rate=settings.get("drop_rate", 0.0))
-    return _announced("vgg16_bn_cifar", model, settings)
+    return _with_config("vgg16_bn_cifar", model, settings)
 
 
 def _wideresnet(name: str, depth: int, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
     settings = _settings(name, pretrained, kwargs)
-    return _announced(name, _architectures("wide_resnet").WideResNet(depth, widen_factor=10, **settings), settings)
+    return _with_config(name, _architectures("wide_resnet").WideResNet(depth, widen_factor=10, **settings), settings)
 
 
 def _architectures(module: str) -> Any:
-    """Import one of RobustBench's modules of architectures."""
-    robustbench_utils()
-    return importlib.import_module(f"robustbench.model_zoo.architectures.{module}")
+    """Import one of RobustBench's modules of architectures: alone, if the rest of RobustBench lacks something."""
+    name = f"robustbench.model_zoo.architectures.{module}"
+    try:
+        robustbench_utils()
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = importlib.util.find_spec("robustbench")
+        if package is None or not package.submodule_search_locations:
+            raise ImportError(
+                "This network is made of RobustBench's architectures, and RobustBench is not installed: "
+                '`pip install "art_clat[evaluation]"` brings it.'
+            ) from error
+        if name in sys.modules:  # it had been imported when the rest failed
+            return sys.modules[name]
+        file = Path(package.submodule_search_locations[0], "model_zoo", "architectures", f"{module}.py")
+        spec = importlib.util.spec_from_file_location(name, file)
+        if spec is None or spec.loader is None or not file.is_file():
+            raise
+    loaded = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
 
 
 def _settings(name: str, pretrained: bool, kwargs: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """Take from timm's arguments those that the network is made with, and refuse what it cannot do."""
+    """Keep of timm's arguments those that the network takes; raise a `ValueError` for what it cannot do."""
     if pretrained:
         raise ValueError(f"`pretrained`: there are no weights for {name}.")
-    own = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
-    settings = {"num_classes": 10, **more, **{key: value for key, value in kwargs.items() if key not in own}}
+    of_timm = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+    settings = {"num_classes": 10, **more, **{key: value for key, value in kwargs.items() if key not in of_timm}}
     size = settings.pop("img_size", 32)
     if size not in (32, (32, 32), [32, 32]):
         raise ValueError(f"`img_size`: {name} is made for images of 32×32, got {size}.")
@@ -109,8 +130,8 @@ def _settings(name: str, pretrained: bool, kwargs: dict[str, Any], **more: Any) 
     return settings
 
 
-def _announced(name: str, model: Any, settings: dict[str, Any]) -> nn.Module:
-    """Let a network say of itself what timm's say."""
+def _with_config(name: str, model: Any, settings: dict[str, Any]) -> nn.Module:
+    """Set the attributes by which timm's networks describe themselves."""
     model.num_classes = settings["num_classes"]
     model.pretrained_cfg = model.default_cfg = default_cfgs[name].default.to_dict()
     network: nn.Module = model

@@ -14,12 +14,13 @@ import jinja2
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from art_clat.leaderboard.entries import as_robustbench_writes, leaderboard_shortfalls
+from art_clat.leaderboard.entries import leaderboard_shortfalls
 from art_clat.report.figures import Figure, draw
 from art_clat.report.words import NORMS, breakable, percent, text
 from art_clat.robustness.report import RobustnessReport
 from art_clat.training.history import EpochRecord, History
 from art_clat.utils.files import read
+from art_clat.utils.formatting import format_eps
 from art_clat.utils.plots import new_axes
 
 #: What the page says it was made by, and what a file must say to be written over.
@@ -121,7 +122,7 @@ class Page:
         notes += report.warnings
         if dataset in ("cifar10", "cifar100", "imagenet") and report.autoattack is not None:
             notes += leaderboard_shortfalls(report, dataset)
-        threat = f"{dataset}, {NORMS[report.norm]}, ε = {as_robustbench_writes(report.eps, report.norm)}"
+        threat = f"{dataset}, {NORMS[report.norm]}, ε = {format_eps(report.eps, report.norm)}"
         if report.autoattack_version not in (None, "standard"):
             threat += f", AutoAttack's {report.autoattack_version} version"
         self.rows.append(

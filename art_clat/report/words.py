@@ -6,7 +6,7 @@ import re
 
 from markupsafe import Markup
 
-from art_clat.leaderboard.entries import as_robustbench_writes
+from art_clat.utils.formatting import format_eps
 
 #: Norms as the page writes them.
 NORMS = {"Linf": "ℓ∞", "L2": "ℓ2", "L1": "ℓ1"}
@@ -45,5 +45,5 @@ def text(value: object, key: str = "") -> str:
     if isinstance(value, list):
         return ", ".join(text(item, key) for item in value)
     if isinstance(value, float) and re.match(r"eps(_|$)", key):
-        return as_robustbench_writes(value, "Linf")
+        return format_eps(value, "Linf")
     return "–" if value is None else str(value)

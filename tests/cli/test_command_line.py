@@ -34,7 +34,7 @@ def called(monkeypatch):
     calls = []
     verdicts = np.array([True, False])
     report = RobustnessReport(
-        norm="Linf", eps=0.1, nb_examples=2, clean=verdicts, pgd=verdicts, pgd_max_iter=1, autoattack=None,
+        norm="Linf", eps=0.1, nb_examples=2, clean=verdicts, pgd=verdicts, pgd_max_iter=1,
         autoattack_version=None, warnings=(), seconds=0.0, seed=0,
     )  # fmt: skip
 

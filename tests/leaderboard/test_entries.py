@@ -33,7 +33,7 @@ def report():
     attacks = {"apgd-ce": verdicts < 13, "apgd-t": verdicts < 12, "fab-t": verdicts < 12, "square": verdicts < 12}
     return RobustnessReport(
         norm="Linf", eps=0.04, nb_examples=24, clean=verdicts < 18, pgd=verdicts < 13, pgd_max_iter=20,
-        autoattack=verdicts < 12, autoattack_version="standard", warnings=(), seconds=1.0, seed=0, attacks=attacks,
+        autoattack_version="standard", warnings=(), seconds=1.0, seed=0, attacks=attacks,
     )  # fmt: skip
 
 
@@ -103,7 +103,7 @@ class TestRobustBenchEntry:
             write_robustbench_entry(report, **{"model_id": "M", "dataset": "cifar10", "directory": tmp_path, **kwargs})
 
         with pytest.raises(ValueError, match="no AutoAttack result"):
-            write(dataclasses.replace(report, autoattack=None))
+            write(dataclasses.replace(report, attacks={}))
         with pytest.raises(ValueError, match="Linf and L2, got L1"):
             write(dataclasses.replace(report, norm="L1"))
         with pytest.raises(ValueError, match="`model_id` must be a plain file name"):

@@ -57,7 +57,7 @@ def run(tmp_path, data):
     robust = clean & ~fooled
     assert fooled.any() and robust.any()
     report = RobustnessReport(
-        norm="Linf", eps=8 / 255, nb_examples=32, clean=clean, pgd=robust, pgd_max_iter=20, autoattack=robust,
+        norm="Linf", eps=8 / 255, nb_examples=32, clean=clean, pgd=robust, pgd_max_iter=20,
         autoattack_version="standard", warnings=(), seconds=1.0, seed=3,
         attacks=dict.fromkeys(("apgd-ce", "apgd-t", "fab-t", "square"), robust), adversarial=adversarial.numpy(),
     )  # fmt: skip

@@ -57,8 +57,7 @@ def save_evaluation(folder, robust, *, eps=8 / 255, warnings=(), attacks=True, *
     steps = {"apgd-ce": robust + 5, "apgd-t": robust + 1, "fab-t": robust + 1, "square": robust}
     RobustnessReport(
         norm="Linf", eps=eps, nb_examples=50, clean=verdicts < 45, pgd=verdicts < robust + 6, pgd_max_iter=20,
-        autoattack=verdicts < robust if attacks else None, autoattack_version="standard" if attacks else None,
-        warnings=warnings, seconds=1.0, seed=0,
+        autoattack_version="standard" if attacks else None, warnings=warnings, seconds=1.0, seed=0,
         attacks={name: verdicts < left for name, left in steps.items()} if attacks else {},
     ).save(folder, **about)  # fmt: skip
     return folder
