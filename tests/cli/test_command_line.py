@@ -184,6 +184,13 @@ class TestScripts:
         done = run_python(ROOT / "evaluation" / "evaluate.py", *arguments, cwd=tmp_path)
         assert done.returncode == 1 and "No module named 'timm_sweep'" in done.stderr
 
+    def test_modules_of_the_users_are_found(self, tmp_path):
+        np.savez(tmp_path / "x.npz", x=np.zeros((2, 1, 8, 8), dtype=np.float32), y=np.arange(2))
+        (tmp_path / "mine.py").write_text("def make():\n    raise ValueError('reached')\n")
+        arguments = ["--model", "mine:make", "--dataset", "x.npz", "--eps", "0.1", "--output", tmp_path / "out"]
+        done = run_python(ROOT / "evaluation" / "evaluate.py", *arguments, cwd=tmp_path)
+        assert done.returncode == 1 and "mine:make failed: ValueError: reached" in done.stderr
+
     def test_under_torchrun(self, tmp_path):
         x, y = held_out(6)
         np.savez(tmp_path / "x.npz", x=x, y=y)
