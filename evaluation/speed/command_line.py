@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(arguments)
     if args.preset == "smoke":
-        args.models, args.batch_size, args.batches, args.repeats = ["small CNN"], 16, 1, 1
+        args.models, args.batch_size, args.batches, args.repeats = ["small CNN"], 8, 1, 1
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
     output: Path = args.output or RESULTS / default_name(args)
