@@ -50,15 +50,15 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace, *, until: flo
     """Run a part and report."""
     import torch
 
-    from art_clat.utils.environment import describe_environment
-    from bare_machine.outputs import PartResult, join_large_files, split_large_files
-    from bare_machine.parts import run_part, steps_of
-
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU; --device cpu runs a small form of the part")
     data = args.data or (ROOT / "data" if (ROOT / "data").is_dir() else None)
     if args.part == "train" and args.device == "cuda" and data is None:
         parser.error("--part train needs the folder of CIFAR-10: --data DIR")
+    from art_clat.utils.environment import describe_environment  # takes seconds
+    from bare_machine.outputs import PartResult, join_large_files, split_large_files
+    from bare_machine.parts import run_part, steps_of
+
     started = time.monotonic()
     folder = (args.output / args.part).absolute()
     folder.mkdir(parents=True, exist_ok=True)

@@ -140,10 +140,14 @@ def python_path() -> str:
 
 
 def end_all(process: subprocess.Popen[bytes]) -> None:
-    """End a process and those it has started."""
+    """End a process and those it has started, which may end their own in the meantime."""
     for number in (signal.SIGTERM, signal.SIGKILL):
+        until = time.monotonic() + PATIENCE / 2
         try:
             os.killpg(process.pid, number)
-            process.wait(PATIENCE / 2)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            continue
+            while time.monotonic() < until:
+                process.poll()
+                os.killpg(process.pid, 0)  # asks whether any is left
+                time.sleep(0.05)
+        except ProcessLookupError:
+            return

@@ -39,7 +39,7 @@ def load_images(folder: Path | None, unpacked: Path) -> Images:
     """
     if folder is None:
         rng = np.random.default_rng(0)
-        return rng.random((64, 3, 32, 32), dtype=np.float32), rng.integers(0, 10, 64)
+        return rng.random((32, 3, 32, 32), dtype=np.float32), rng.integers(0, 10, 32)
     if not (folder / CIFAR10.base_folder).is_dir():
         if not (folder / "unpack.py").is_file():
             raise SystemExit(f"`--data` must have {CIFAR10.base_folder} or a script unpack.py in it: {folder}")
