@@ -237,7 +237,7 @@ def _read_history(path: Path) -> tuple[History, dict[str, Any]]:
             content = json.loads(path.read_text(encoding="utf-8"))
         history = History.from_json(json.dumps(content))
         history.epochs[-1]
-        return history, dict(content.get("configuration") or {})
+        return history, history.configuration
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is not the history of a training: {error!r}.") from error
 
