@@ -23,6 +23,8 @@ from art_clat.training.objectives import (
 from art_clat.utils.batch import Batch
 from art_clat.utils.robustbench_import import install_finder
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AdversarialCLAT",
     "AdversarialTrainerCLATPyTorch",

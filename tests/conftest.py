@@ -60,6 +60,20 @@ class Normed(nn.Module):
         return self.fc(self.dropout(x.mean((2, 3))))
 
 
+class Recurrent(nn.Module):
+    """A convolution, a recurrent layer over its rows, and a head."""
+
+    def __init__(self, layer=nn.LSTM):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 3, padding=1)
+        self.recurrent = layer(18, 5, batch_first=True)
+        self.head = nn.Linear(5, NB_CLASSES)
+
+    def forward(self, x):
+        rows = self.conv(x).relu().transpose(1, 2).flatten(2)
+        return self.head(self.recurrent(rows)[0][:, -1])
+
+
 class OwnBatchNorm(nn.Module):
     """Another library's: none of torch's classes, but its statistics, and a count."""
 
@@ -109,6 +123,14 @@ def observe(trainer, **methods):
     steps = {name: changed(name, function) for name, function in methods.items()}
     trainer.loop_class = type("Observed", (trainer.loop_class,), steps)
     return trainer
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request):
+    """Where a test computes: here, and on a GPU if there is one."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU that torch can use")
+    return request.param
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,7 @@
 """What the engine saves, and that it saves it without changing results."""
 
-import argparse
 import copy
-import importlib.util
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -458,43 +455,3 @@ class TestRandomness:
         torch.manual_seed(1)
         rest = [batch.x for batch in batches.epoch(3, Ranks())]
         assert len(whole) == batches.nb_batches == 5 and all(map(torch.equal, whole[3:], rest))
-
-
-def test_speed_harness(tmp_path):
-    """It runs and writes its table; how fast is not a test's business."""
-    command = [sys.executable, ROOT / "evaluation" / "speed.py", "--preset", "smoke", "--output", tmp_path / "speed.md"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    table = (tmp_path / "speed.md").read_text()
-    for row in ("| ART Madry PGD |", "| PGD-AT |", "| CLAT clean, first half |", "Criticality of all 7 layers"):
-        assert row in table
-    assert "failed" not in table
-
-
-def test_savings_are_taken_away():
-    """Every row changes what runs: no weight gradients, whole batches, torch's BatchNorm, whole passes, all layers."""
-    spec = importlib.util.spec_from_file_location("speed", ROOT / "evaluation" / "speed.py")
-    speed = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(speed)
-    bench = speed.Bench("small CNN", argparse.Namespace(batch_size=64, batches=1, seed=0, device="cpu", smoke=True))
-    trainer = bench.contenders(bench.layers_at()[0])["CLAT clean, first half"]
-
-    def operations(saving):
-        trainer.counter = FlopCounterMode(display=False)
-        with speed.without(saving):
-            bench.epoch("", trainer)
-            flops, trainer.counter = trainer.counter.get_total_flops(), None
-            with torch.profiler.profile() as profile:
-                bench.epoch("", trainer)
-        return {event.key: event.count for event in profile.key_averages()}, flops
-
-    with_all, flops = operations(None)
-    assert with_all["_FrozenBatchNormBackward"] > 0
-    for saving in speed.SAVINGS:
-        counts, without = operations(saving)
-        if "BatchNorm" in saving:
-            assert "_FrozenBatchNormBackward" not in counts and without == flops
-        elif "chunks" in saving:
-            assert counts["aten::convolution"] < with_all["aten::convolution"] and without == flops
-        else:
-            assert without > flops

@@ -20,6 +20,7 @@ from art_clat.layers.discovery import find_layers
 from art_clat.layers.features import tell_samples_apart
 from art_clat.layers.freezing import only_trainable
 from art_clat.layers.layer import Layer
+from art_clat.layers.recurrent import WithoutCudnn
 from art_clat.utils.modes import evaluation_mode
 from art_clat.utils.processes import Ranks
 
@@ -48,6 +49,7 @@ class TensorClassifier:
         self._factors: Factors | None = None
         # Also those of other classes that come down to torch's function.
         self._has_norms = any(hasattr(module, "running_mean") for module in self.model.modules())
+        self._recurrent = [module for module in self.model.modules() if isinstance(module, nn.RNNBase)]
         #: Whether an input gradient flows through the preprocessing.
         self.is_differentiable = bool(estimator.all_framework_preprocessing)
         clip = estimator.clip_values
@@ -170,7 +172,7 @@ class TensorClassifier:
         return other
 
     def _forward(self, x: torch.Tensor, *, whole: bool = False) -> torch.Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.performance.amp):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.performance.amp), self.recurrent_layers():
             if whole and self._compiled is not None:
                 return self._compiled(x).float()
             with self.batch_norms():
@@ -184,6 +186,18 @@ class TensorClassifier:
         :return: One that does nothing if the network has none.
         """
         return BatchNorms(self.ranks, self._factors) if self._has_norms else nullcontext()
+
+    def recurrent_layers(self) -> AbstractContextManager[object]:
+        """
+        Return the context in which the recurrent layers of a forward pass are computed.
+
+        Attacks, selection and the second stage take gradients in evaluation mode, which cuDNN refuses of a recurrent
+        layer.
+
+        :return: One that does nothing if no recurrent layer is in evaluation mode, or no gradient is recorded.
+        """
+        in_evaluation = any(not module.training for module in self._recurrent)
+        return WithoutCudnn() if in_evaluation and torch.is_grad_enabled() else nullcontext()
 
     @contextmanager
     def attacked(self) -> Iterator[None]:

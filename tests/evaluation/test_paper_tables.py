@@ -25,7 +25,7 @@ from paper_tables.tables import accuracy_table, difference_table, second_stage_t
 from safetensors.torch import load_file
 from scipy import stats
 
-from art_clat import Budget
+from art_clat import Budget, LayerOptions, SelectionOptions, list_objectives, list_selection_rules
 
 SCRIPT = Path(__file__).parents[2] / "evaluation" / "paper_tables"
 CONFIG = load_configuration()
@@ -93,15 +93,12 @@ def _one_thread():  # another number of threads rounds in another order
 
 class TestConfiguration:
     def test_every_arm_and_table_is_whole(self):
-        from art_clat import objectives, selection_rules
-        from art_clat.training.objectives import FIRST_STAGES
-
         for name in CONFIG["arms"]:
             arm = resolve_arm(CONFIG["arms"], name)
             assert arm["title"] and arm["tuned_by"] in CONFIG["arms"]
-            assert arm.get("trainer", {}).get("selection", "criticality") in selection_rules()
-            assert arm.get("trainer", {}).get("objective", "adversarial") in objectives()
-            assert arm.get("base", "pgd_at") in {*FIRST_STAGES, *ART_TRAINERS}
+            assert arm.get("trainer", {}).get("selection", "criticality") in list_selection_rules()
+            assert arm.get("trainer", {}).get("objective", "adversarial") in list_objectives()
+            assert arm.get("base", "pgd_at") in {*list_objectives(first_stage=True), *ART_TRAINERS}
         study = Study.of(CONFIG, "smoke")
         assert study.tables == CONFIG["tables"]
         for letter, table in study.tables.items():
@@ -136,11 +133,12 @@ class TestConfiguration:
     def test_what_an_arm_leaves_out_does_not_follow_the_packages_defaults(self):
         preset = CONFIG["presets"]["smoke"]
         arguments = trainer_arguments(preset, {})
-        assert arguments["objective"] == "adversarial" and arguments["freeze_norms"] is False
-        assert arguments["selection_samples"] == 32 and arguments["augmentation"] is None
-        arm = {"objective": "clean", "freeze_norms": True, "budget": {"parameter_share": 0.05}}
+        assert arguments["objective"] == "adversarial" and arguments["layers"] == LayerOptions(freeze_norms=False)
+        assert arguments["selection"] == SelectionOptions("criticality", 32) and arguments["augmentation"] is None
+        arm = {"objective": "clean", "freeze_norms": True, "budget": {"parameter_share": 0.05}, "selection": "last"}
         arguments = trainer_arguments({**preset, "augmentation": "flip"}, arm)
-        assert arguments["objective"] == "clean" and arguments["freeze_norms"] is True and arguments["augmentation"]
+        assert arguments["objective"] == "clean" and arguments["layers"].freeze_norms and arguments["augmentation"]
+        assert arguments["selection"] == SelectionOptions("last", 32) and "freeze_norms" not in arguments
         assert arguments["budget"] == Budget(parameter_share=0.05)
 
     def test_data_of_a_seed(self):

@@ -6,10 +6,12 @@ import time
 import timm_sweep
 
 
-def test_a_family_that_is_done_is_not_run_again(tmp_path):
+def test_a_family_that_is_done_is_not_run_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(timm_sweep, "try_family", lambda family, seed, path: path.write_text('{"family": "again"}'))
+    assert timm_sweep.run_family("vgg", 0, tmp_path / "new.json", timeout=60) == {"family": "again"}
     path = tmp_path / "vgg.json"
     path.write_text(json.dumps({"family": "vgg", "verdict": "ok"}))
-    assert timm_sweep.run_family("vgg", 0, path, timeout=0) == {"family": "vgg", "verdict": "ok"}
+    assert timm_sweep.run_family("vgg", 0, path, timeout=60) == {"family": "vgg", "verdict": "ok"}
 
 
 def test_a_family_that_takes_too_long_is_recorded_as_failed(tmp_path, monkeypatch):

@@ -1,9 +1,7 @@
-"""`evaluation/report.py`: one page about several runs, which loads nothing and lets nothing through."""
+"""`art-clat report`: one page about several runs, which loads nothing and lets nothing through."""
 
 import base64
-import importlib.util
 import json
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -13,22 +11,14 @@ import pytest
 from conftest import Chain, make_attack, make_classifier
 
 from art_clat import AdversarialTrainerCLATPyTorch, RobustnessReport
+from art_clat.report.page import Page, write_page
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "evaluation" / "results" / "quickstart"
 EVIL = """<script>alert("1")</script>'&"""
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("report", ROOT / "evaluation" / "report.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["report"] = module  # where its dataclasses look for it
-    spec.loader.exec_module(module)
-    return module
-
-
-class Page(HTMLParser):
+class Parsed(HTMLParser):
     """Tags with their attributes, the cells of every table, and what is wrong with the nesting."""
 
     VOID = frozenset(("meta", "img", "wbr", "link"))
@@ -73,7 +63,7 @@ def save_evaluation(folder, robust, *, eps=8 / 255, warnings=(), attacks=True, *
     return folder
 
 
-def save_history(path, robust=(0.3, 0.5, 0.4), layer="conv"):
+def save_history(path, robust=(0.3, 0.5, 0.4), layer="conv", **more):
     """One of the quickstart's, cut to a few epochs and one selection."""
     content = json.loads((QUICKSTART / "clat-history.json").read_text())
     accuracies = [{"clean_accuracy": 0.7, "robust_accuracy": value} for value in robust]
@@ -82,21 +72,19 @@ def save_history(path, robust=(0.3, 0.5, 0.4), layer="conv"):
     (renamed,) = (item for item in selection["measured"]["layers"] if [item["name"]] == selection["chosen"])
     renamed["name"], selection["chosen"] = layer, [layer]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**content, "selections": [selection]}))
+    path.write_text(json.dumps({**content, "selections": [selection], **more}))
     return path.parent
 
 
-def page_of(script, *folders):
+def page_of(*folders):
     output = folders[0].parent / "page.html"
-    script.write(folders, output)
-    return Page(output.read_text(encoding="utf-8"))
+    write_page(folders, output)
+    return Parsed(output.read_text(encoding="utf-8"))
 
 
-def test_everything_is_on_the_page(script, tmp_path):
+def test_everything_is_on_the_page(tmp_path):
     data, model = {"name": "cifar10"}, {"name": "resnet18", "checkpoint": None}
-    strong = save_evaluation(
-        tmp_path / "strong", 30, data=data, model=model, command="python evaluation/autoattack.py x"
-    )
+    strong = save_evaluation(tmp_path / "strong", 30, data=data, model=model, command="art-clat evaluate x")
     weak = save_evaluation(tmp_path / "weak", 20, data=data, warnings=("Gradients are zero.",))
     other = save_evaluation(tmp_path / "other", 10, eps=4 / 255, data=data)
     training = save_history(tmp_path / "training" / "clat-history.json")
@@ -104,7 +92,7 @@ def test_everything_is_on_the_page(script, tmp_path):
     (training / "run.json").write_text(
         json.dumps({"command": "python examples/quickstart.py", "versions": {"torch": "2"}})
     )
-    page = page_of(script, weak, strong, other, training)
+    page = page_of(weak, strong, other, training)
 
     ranked, alone, *_ = page.tables
     assert [row[1:] for row in ranked[1:]] == [
@@ -126,7 +114,7 @@ def test_everything_is_on_the_page(script, tmp_path):
     chosen = next(table for table in page.tables if table[0][0] == "Before epoch")
     assert chosen[1] == ["0", "conv", "10", "25.00 %"]
     for text in (
-        "python examples/quickstart.py", "python evaluation/autoattack.py x", "torch 2", "Gradients are zero.",
+        "python examples/quickstart.py", "art-clat evaluate x", "torch 2", "Gradients are zero.",
         "evaluated on 50 of the 10000 examples", "two standard errors: up to 14.1 points",
         "The command was not recorded",
     ):  # fmt: skip
@@ -136,14 +124,14 @@ def test_everything_is_on_the_page(script, tmp_path):
     assert "best, 50.00 %, in epoch 1 and 40.00 % in the last, 2" in figures[4]
 
 
-def test_what_cannot_be_compared_is_not_ranked_together(script, tmp_path):
+def test_what_cannot_be_compared_is_not_ranked_together(tmp_path):
     folders = [
         save_evaluation(tmp_path / "standard", 15, data="x"), save_evaluation(tmp_path / "random", 22, data="x"),
         save_evaluation(tmp_path / "one", 10), save_evaluation(tmp_path / "other", 12),
     ]  # fmt: skip
     told = json.loads((tmp_path / "random" / "report.json").read_text())
     (tmp_path / "random" / "report.json").write_text(json.dumps({**told, "autoattack_version": "rand"}))
-    page = script.Page()
+    page = Page()
     for folder in folders:
         page.add(folder)
     assert sorted([row.name for row in rows] for rows in page.groups().values()) == [
@@ -151,16 +139,16 @@ def test_what_cannot_be_compared_is_not_ranked_together(script, tmp_path):
     ]  # fmt: skip
 
 
-def test_nothing_left_ranks_above_not_run(script, tmp_path):
-    page = script.Page()
+def test_nothing_left_ranks_above_not_run(tmp_path):
+    page = Page()
     page.add(save_evaluation(tmp_path / "not-run", 20, data="x", attacks=False))
     page.add(save_evaluation(tmp_path / "nothing-left", 0, data="x"))
     (rows,) = page.groups().values()
     assert [row.name for row in rows] == ["nothing-left", "not-run"]
 
 
-def test_the_page_stands_alone_and_is_accessible(script, tmp_path):
-    page = page_of(script, save_evaluation(tmp_path / "one", 30), save_history(tmp_path / "two" / "history.json"))
+def test_the_page_stands_alone_and_is_accessible(tmp_path):
+    page = page_of(save_evaluation(tmp_path / "one", 30), save_history(tmp_path / "two" / "history.json"))
     names = {tag for tag, _ in page.tags}
     assert not names & {"script", "link", "iframe", "object", "base", "form"}
     for _, attributes in page.tags:
@@ -181,7 +169,7 @@ def test_the_page_stands_alone_and_is_accessible(script, tmp_path):
     assert "url(" not in style and "@import" not in style and "prefers-color-scheme: dark" in style
 
 
-def test_text_is_escaped(script, tmp_path):
+def test_text_is_escaped(tmp_path):
     evaluation = save_evaluation(
         tmp_path / "<b>run&", 30, warnings=(EVIL,), data={"name": EVIL}, command=EVIL, machine={EVIL: [EVIL]}
     )
@@ -189,37 +177,37 @@ def test_text_is_escaped(script, tmp_path):
     entry = training / "model_info" / "digits" / "Linf" / "<u>.json"
     entry.parent.mkdir(parents=True)
     entry.write_text(json.dumps({"clean_acc": "90", "autoattack_acc": "50", "eps": EVIL, "footnote": EVIL}))
-    page = page_of(script, evaluation, training)
+    page = page_of(evaluation, training)
     assert not {"script", "i", "u"} & {tag for tag, _ in page.tags}
     assert page.text.count(EVIL) >= 6
 
 
-def test_the_quickstarts_results(script, tmp_path):
-    script.write([QUICKSTART], tmp_path / "page.html")
-    page = Page((tmp_path / "page.html").read_text())
+def test_the_quickstarts_results(tmp_path):
+    write_page([QUICKSTART], tmp_path / "page.html")
+    page = Parsed((tmp_path / "page.html").read_text())
     table = (QUICKSTART / "table.md").read_text()
     for row in page.tables[0][1:]:
         assert f"{float(row[-1].rstrip(' %')):.1f} %" in table
     assert "python examples/quickstart.py" in page.text and "no leaderboard for digits" in page.text
 
 
-def test_without_validation_data_or_autoattack(script, tmp_path):
+def test_without_validation_data_or_autoattack(tmp_path):
     training = save_history(tmp_path / "training" / "history.json", robust=(None, None))
-    page = page_of(script, training, save_evaluation(tmp_path / "pgd", 30, attacks=False))
+    page = page_of(training, save_evaluation(tmp_path / "pgd", 30, attacks=False))
     assert page.tables[0][1][-2:] == ["72.00 %", "–"]
     assert "AutoAttack was not run" in page.text and "no validation data" in page.all("img")[0]["alt"]
 
 
-def test_only_its_own_page_is_overwritten(script, tmp_path):
+def test_only_its_own_page_is_overwritten(tmp_path):
     run, output = save_evaluation(tmp_path / "run", 30), tmp_path / "page.html"
-    script.write([run], output)
-    script.write([run], output)
+    write_page([run], output)
+    write_page([run], output)
     output.write_text("<!DOCTYPE html><p>mine")
     with pytest.raises(ValueError, match="is something else than a page of this command; it is not overwritten"):
-        script.write([run], output)
+        write_page([run], output)
     assert output.read_text().endswith("mine")
     with pytest.raises(ValueError, match="not overwritten"):
-        script.write([run], tmp_path)
+        write_page([run], tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -232,28 +220,74 @@ def test_only_its_own_page_is_overwritten(script, tmp_path):
         ({"history.json": "{}"}, "is not the history of a training: KeyError"),
         ({"history.json": '{"epochs": [], "selections": []}'}, "is not the history of a training: IndexError"),
         ({"history.json": "no"}, "is not the history of a training: JSONDecodeError"),
+        ({"mine.json": '{"epochs": [{}], "selections": []}'}, "mine.json is not the history of a training: TypeError"),
+        ({"mine.json": "no", "other.json": "[]"}, "is not the folder of a run"),
         ({"model_info/digits/Linf/M.json": '{"clean_acc": "1"}'}, "M.json is not a RobustBench entry"),
         ({"model_info/digits/Linf/M.json": "no"}, "M.json is not JSON"),
     ],
 )
-def test_what_is_no_run(script, tmp_path, files, said):
+def test_what_is_no_run(tmp_path, files, said):
     (tmp_path / "run").mkdir()
     for name, text in files.items():
         (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / name).write_text(text)
     with pytest.raises(ValueError, match=said):
-        script.write([tmp_path / "run"], tmp_path / "page.html")
+        write_page([tmp_path / "run"], tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
 
 
-def test_the_folder_of_a_training(script, tmp_path, data):
+def test_the_folder_of_a_training(tmp_path, data):
     """As ``fit(checkpoint=)`` leaves it."""
     trainer = AdversarialTrainerCLATPyTorch(classifier := make_classifier(Chain()), make_attack(classifier), seed=0)
     trainer.fit(*data, nb_epochs=1, checkpoint=tmp_path / "run", verbose=False)
-    script.write([tmp_path / "run"], tmp_path / "page.html")
-    assert trainer.history.selections[0].chosen[0] in Page((tmp_path / "page.html").read_text()).text
+    write_page([tmp_path / "run"], tmp_path / "page.html")
+    assert trainer.history.selections[0].chosen[0] in Parsed((tmp_path / "page.html").read_text()).text
 
 
-def test_a_folder_that_is_not_there(script, tmp_path):
+def test_a_history_under_any_name(tmp_path):
+    """Beside JSON files of other things."""
+    training = save_history(tmp_path / "training" / "my_run.json")
+    save_history(training / "second_history.json", robust=(0.1, 0.2))
+    for name, content in (("settings.json", '{"epochs": 3}'), ("list.json", "[1]"), ("damaged.json", "{")):
+        (training / name).write_text(content)
+    best = next(table for table in page_of(training).tables if table[0][1] == "Best epoch")
+    assert [row[0] for row in best[1:]] == ["training/my_run", "training/second"]
+
+
+def test_the_folder_of_a_submission(tmp_path):
+    """It has the evaluation in a subfolder, and RobustBench's entry."""
+    folder = tmp_path / "submission"
+    save_evaluation(folder / "evaluation", 30, data={"name": "cifar10"}, command="art-clat evaluate x")
+    entry = folder / "model_info" / "cifar10" / "Linf" / "Mine.json"
+    entry.parent.mkdir(parents=True)
+    entry.write_text(json.dumps({"clean_acc": "90", "autoattack_acc": "60", "eps": "8/255"}))
+    page = page_of(folder)
+    rows = [row[1:] for table in page.tables for row in table[1:] if table[0][0] == "#"]
+    assert sorted(rows) == [["Mine", "90.00 %", "–", "60.00 %"], ["submission", "90.00 %", "72.00 %", "60.00 %"]]
+    assert "art-clat evaluate x" in page.text and len(page.all("img")) == 1
+
+
+def test_what_a_training_was_made_with(tmp_path):
+    """ε as a quotient where it is one."""
+    told = {
+        "selection": {"rule": "criticality", "samples": 1024},
+        "attack": {"eps": 8 / 255, "eps_step": 0.1},
+        "a": None,
+    }
+    training = save_history(tmp_path / "training" / "history.json", configuration=told)
+    tables = page_of(training).tables
+    assert next(table for table in tables if table[0][0] == "Setting")[:2] == [
+        ["Setting", "Value"],
+        ["selection", "rule criticality, samples 1024"],
+    ]
+    assert next(table for table in tables if table[0][0] == "Setting")[2:] == [
+        ["attack", "eps 8/255, eps_step 0.1"],
+        ["a", "–"],
+    ]
+    before = page_of(save_history(tmp_path / "older" / "history.json"))
+    assert not any(table[0][0] == "Setting" for table in before.tables)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(ValueError, match="is not a folder"):
-        script.write([tmp_path / "nowhere"], tmp_path / "page.html")
+        write_page([tmp_path / "nowhere"], tmp_path / "page.html")

@@ -1,0 +1,63 @@
+"""What takes each way of saving time away, to show what it brings."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+
+import art_clat.utils.batch
+from art_clat import TrainingLoop
+from art_clat.layers.features import Features
+from art_clat.models.tensor_classifier import TensorClassifier
+from art_clat.utils.modes import evaluation_mode
+
+
+@contextlib.contextmanager
+def weights_trainable(classifier: TensorClassifier) -> Iterator[None]:
+    """Run the network as an attack of ART's does: in evaluation mode, its weights as trainable as they are."""
+    with evaluation_mode(classifier.estimator._model):
+        yield
+
+
+def backward(loss: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor | None]:
+    """Take an input gradient as ART does: with all weight gradients beside it."""
+    loss.backward()
+    return (x.grad,)
+
+
+def nothing(*_: object) -> contextlib.AbstractContextManager[None]:
+    """Return a context that does nothing."""
+    return contextlib.nullcontext()
+
+
+def replacements() -> dict[str, list[Any]]:
+    """Return, by the name of a saving, the patches that take it away."""
+    return {
+        "the attack computes no weight gradients": [
+            mock.patch.object(TensorClassifier, "attacked", weights_trainable),
+            mock.patch.object(torch.autograd, "grad", backward),
+        ],
+        "the attack runs in chunks": [mock.patch.object(art_clat.utils.batch, "CHUNK_ELEMENTS", 10**12)],
+        "a frozen BatchNorm's gradient is one multiplication": [
+            mock.patch.object(TensorClassifier, "batch_norms", nothing)
+        ],
+        "passes for features end at the deepest": [mock.patch.object(Features, "stops_early", False)],
+        "the update computes no gradients of frozen layers": [mock.patch.object(TrainingLoop, "freeze", nothing)],
+    }
+
+
+#: The names of what saves time.
+SAVINGS = tuple(replacements())
+
+
+@contextlib.contextmanager
+def without(saving: str | None) -> Iterator[None]:
+    """Take a saving away in this context; `None` takes nothing away."""
+    with contextlib.ExitStack() as stack:
+        for patch in replacements()[saving] if saving is not None else ():
+            stack.enter_context(patch)
+        yield
