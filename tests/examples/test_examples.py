@@ -1,6 +1,8 @@
 """The example scripts, run as a user runs them, only smaller."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 
 from art_clat import History, create_backbone
-from art_clat.models.by_name import load_model
 
 ROOT = Path(__file__).parents[2]
 CIFAR10 = ROOT.parent / "shared" / "data" / "cifar10"
@@ -92,40 +93,51 @@ def code_lines(script):
     return [line for line in script.splitlines() if line.strip() and not line.startswith(('"""', "#"))]
 
 
-CHECKPOINTS = {
-    # by RobustBench's identifier: the file is where RobustBench keeps it
-    "identifier": ("Wong2020Fast", lambda folder: folder / "models" / "cifar10" / "Linf" / "Wong2020Fast.pt", False),
-    # by file: saved by somebody else, from a network in DataParallel
-    "file": ("preactresnet18_cifar", lambda folder: folder / "theirs.pt", True),
-}
+def guide_commands(name):
+    """The commands under the guide's first heading that begin with training a network, as lists of words."""
+    guide = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    section = guide.partition("## Fine-tune a robust checkpoint")[2].partition("\n## ")[0]
+    shell = "".join(re.findall(r"^```bash\n(.*?)^```$", section, re.M | re.S)).replace("\\\n", " ")
+    train, *others = (shlex.split(line) for line in shell.splitlines())
+    first, rest = (train, others[1:]) if name in train else (others[0], [])
+    assert first[:4] == ["python", "examples/from_checkpoint.py", "--model", name]
+    return [first, *rest]
 
 
-@pytest.mark.parametrize("kind", CHECKPOINTS)
-def test_from_checkpoint(kind, tmp_path, cifar10):
-    name, place, is_named = CHECKPOINTS[kind]
-    path = place(tmp_path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+@pytest.mark.parametrize("name", ["Wong2020Fast", "preactresnet18_cifar"])
+def test_from_checkpoint(name, tmp_path, cifar10):
+    """As the guide says, on a few images: by RobustBench's identifier down to the submission, and by a file."""
+    (tmp_path / "data").symlink_to(cifar10)
     before = made_up_weights(name)
-    torch.save({"state_dict": {f"module.{key}": value for key, value in before.items()}} if is_named else before, path)
+    if name == "Wong2020Fast":  # where RobustBench keeps it
+        (tmp_path / "models" / "cifar10" / "Linf").mkdir(parents=True)
+        torch.save(before, tmp_path / "models" / "cifar10" / "Linf" / f"{name}.pt")
+    else:  # saved by somebody else, in training on several GPUs
+        torch.save({"state_dict": {f"module.{key}": tensor for key, tensor in before.items()}}, tmp_path / "weights.pt")
+    (_, script, *arguments), *others = guide_commands(name)
     output = run(
-        "from_checkpoint.py", "--model", name, *(["--checkpoint", path] if is_named else []), "--data", cifar10,
-        "--subset", 8, "--validation", 4, "--epochs", 1, "--test-examples", 2, "--output", "run", cwd=tmp_path,
+        script.removeprefix("examples/"), *arguments, "--subset", 8, "--validation", 4, "--epochs", 1,
+        "--test-examples", 2, cwd=tmp_path,
     )  # fmt: skip
     assert "as it came: clean" in output and "after CLAT: clean" in output
-    history = History.from_json((tmp_path / "run" / "history.json").read_text())
-    (selection,) = history.selections
+    folder = tmp_path / arguments[-1]
+    (selection,) = History.from_json((folder / "history.json").read_text()).selections
     assert selection.trainable_parameters <= 0.05 * selection.total_parameters
-    after = load_file(tmp_path / "run" / "clat.safetensors")
-    moved = {key for key, value in before.items() if not torch.equal(after[key], value)}
+    after = load_file(folder / "clat.safetensors")
+    moved = {key for key, tensor in before.items() if not torch.equal(after[key], tensor)}
     assert moved and moved <= {f"{layer}.{tensor}" for layer in selection.chosen for tensor in ("weight", "bias")}
-    entry = tmp_path / "run" / "model_info" / "cifar10" / "Linf" / "CLAT_from_checkpoint.json"
+    entry = folder / "model_info" / "cifar10" / "Linf" / "CLAT_from_checkpoint.json"
     assert f"{name}, then 1 epochs of CLAT." in json.loads(entry.read_text())["footnote"]
-    # what the guide says next: the weights go on under the same name
-    reloaded = load_model(
-        name, dataset="cifar10", norm="Linf", nb_classes=10, input_size=(3, 32, 32),
-        checkpoint=tmp_path / "run" / "clat.safetensors",
-    )  # fmt: skip
-    assert all(torch.equal(reloaded.state_dict()[key], value) for key, value in after.items())
+    for program, subcommand, *given in others:
+        assert program == "art-clat"
+        fewer = ["--n-examples", "2"] if subcommand == "evaluate" else []
+        command = [sys.executable, "-m", "art_clat", subcommand, *given, *fewer]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr[-3000:]
+    if others:
+        packed = torch.load(tmp_path / "runs/submission/models/cifar10/Linf/Someone2026Title_R18.pt", weights_only=True)
+        assert all(torch.equal(packed[key], tensor) for key, tensor in after.items())
+        assert "Wong2020FastNet" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def made_up_weights(name):
