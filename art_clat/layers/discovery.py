@@ -73,7 +73,7 @@ class _Record:
     outputs: list[list[torch.Size]] = field(default_factory=list)
     last: int = 0  # when the last call ended
     weight: nn.Parameter | None = None  # where the module was not called: the weight of it that was used
-    own: list[nn.Parameter] = field(default_factory=list)  # biases of the use that belong to no such module
+    extra_parameters: list[nn.Parameter] = field(default_factory=list)  # used with that weight, of no weighted module
 
     def add(self, entering: object, leaving: object, time: int) -> None:
         self.inputs.append([tensor.shape for tensor in tensors_in(entering)])
@@ -140,7 +140,7 @@ class _Probe:
             if name in PRODUCTS and data is not None and module not in self._called:
                 record = self.records.setdefault(module, _Record(weight=weight))
                 record.add(data, output, self._time)
-                record.own += [p for p in parameters if p not in self._owners]
+                record.extra_parameters += [p for p in parameters if p not in self._owners]
                 self._made(module, output)
 
     def _made(self, module: nn.Module, output: object) -> None:
@@ -173,7 +173,7 @@ def _make_layer(name: str, module: nn.Module, small: _Probe, large: _Probe, *, a
         modules=(module, *norms),
         output=output,
         input=_site(module, small, large, "inputs"),
-        own=tuple(dict.fromkeys(record.own)),
+        extra_parameters=tuple(dict.fromkeys(record.extra_parameters)),
     )
 
 
@@ -246,7 +246,7 @@ def _larger_layers(
                 modules=tuple(dict.fromkeys(group.modules[name] for name in outermost(group.modules))),
                 output=ran[-1],
                 input=_site(first, small, large, "inputs"),
-                own=group.parameters,
+                extra_parameters=group.parameters,
                 is_head=any(head in module.modules() for module in group.modules.values() for head in heads),
             )
         )

@@ -62,7 +62,7 @@ class Layer:
     :param modules: The weighted module, then the norms that consume its output; or the modules of the block.
     :param output: Where the layer's feature ``F_i(x)`` is seen.
     :param input: Where the tensor that enters the layer is seen; `None` if nothing with a batch does.
-    :param own: Parameters that belong to the layer and to none of `modules`.
+    :param extra_parameters: Parameters that belong to the layer and to none of `modules`.
     :param is_head: Whether the layer gives the class scores.
     """
 
@@ -70,7 +70,7 @@ class Layer:
     modules: tuple[nn.Module, ...]
     output: Site
     input: Site | None = None
-    own: tuple[nn.Parameter, ...] = ()
+    extra_parameters: tuple[nn.Parameter, ...] = ()
     is_head: bool = False
 
     @property
@@ -89,7 +89,8 @@ class Layer:
 
         :return: Each parameter once.
         """
-        return list(dict.fromkeys([*(p for module in self.modules for p in module.parameters()), *self.own]))
+        in_modules = [parameter for module in self.modules for parameter in module.parameters()]
+        return list(dict.fromkeys([*in_modules, *self.extra_parameters]))
 
     @property
     def nb_parameters(self) -> int:

@@ -22,7 +22,7 @@ from art_clat.models.tensor_classifier import TensorClassifier
 from art_clat.utils.batch import Batch
 from art_clat.utils.checks import check_seed, check_whole
 from art_clat.utils.modes import evaluation_mode
-from art_clat.utils.randomness import own_randomness
+from art_clat.utils.randomness import seeded_randomness
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -167,7 +167,7 @@ def measure_criticality(
     check_seed(seed)
     options = LayerOptions.of(layers)
     tensors = TensorClassifier(classifier)
-    with own_randomness(seed, tensors.device), evaluation_mode(classifier._model):
+    with seeded_randomness(seed, tensors.device), evaluation_mode(classifier._model):
         found = tensors.find_layers(inputs, replace(options, freeze_norms=None))
         batches = [Batch.whole(*pair) for pair in zip(inputs.split(batch_size), labels.split(batch_size), strict=True)]
         if y is None:

@@ -34,9 +34,9 @@ from art_clat.training.objectives import BatchLoss, find_objective
 from art_clat.training.stage import EpochSums, Stage
 from art_clat.training.validation import measure_accuracies
 from art_clat.utils.batch import Batch
-from art_clat.utils.modes import own_modes
+from art_clat.utils.modes import restored_modes
 from art_clat.utils.processes import Ranks
-from art_clat.utils.randomness import own_randomness, reseed
+from art_clat.utils.randomness import reseed, seeded_randomness
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class TrainingLoop:
             state = "is finished" if epoch >= last else f"goes on at epoch {epoch}"
             logger.info("The checkpoint's run %s; its weights take the place of those at hand.", state)
         self.ranks.check_same({"the checkpoint": (*self.counters, self.progress.batch)}, self.device)
-        with own_randomness(self.progress.seed, self.device):
+        with seeded_randomness(self.progress.seed, self.device):
             self.sample = self.batches.sample(self.options.selection.samples, self.ranks)
             self.layers = self.classifier.find_layers(self.batches.example(), self.options.layers)
         self.eligible = eligible_layers(self.layers, head_eligible=self.options.layers.head_eligible)
@@ -125,7 +125,7 @@ class TrainingLoop:
 
         :raises FloatingPointError: If the loss or its gradient is not finite.
         """
-        with self.guest():
+        with self.restored_model():
             self.keeper.save(self.progress)  # a scheduler that cannot be saved is refused before any work is done
             names = self.progress.chosen
             self.begin_stage(None if names is None else [layer for layer in self.layers if layer.name in names])
@@ -185,7 +185,7 @@ class TrainingLoop:
             round=len(self.history.selections),
             predecessor=self.options.layers.predecessor,
         )
-        with own_randomness(self.progress.seed, self.device):
+        with seeded_randomness(self.progress.seed, self.device):
             measured = candidates.criticality
             choice = choose(as_rule(self.options.selection.rule), candidates, self.options.budget)
         parameters = {p for layer in choice.layers for p in layer.parameters() if p in self._trainable}
@@ -295,12 +295,12 @@ class TrainingLoop:
         return int(self.ranks.first(drawn))
 
     @contextmanager
-    def guest(self) -> Iterator[None]:
+    def restored_model(self) -> Iterator[None]:
         """Put flags, modes, memory formats and random generators back on leaving, and drop the gradients."""
         wrapped = self.estimator._model
         with ExitStack() as stack:
-            stack.enter_context(own_modes(wrapped))
-            stack.enter_context(own_randomness(self.progress.seed, self.device))
+            stack.enter_context(restored_modes(wrapped))
+            stack.enter_context(seeded_randomness(self.progress.seed, self.device))
             stack.callback(wrapped.zero_grad)
             self._freezing = stack.enter_context(ExitStack())
             if self.options.performance.channels_last:

@@ -7,7 +7,7 @@ import torch
 from art_clat.attacks.tensor_attack import TensorAttack
 from art_clat.utils.batch import Batch
 from art_clat.utils.modes import evaluation_mode
-from art_clat.utils.randomness import own_randomness
+from art_clat.utils.randomness import seeded_randomness
 
 #: Samples in one forward pass, over all processes.
 BATCH_SIZE = 256
@@ -25,7 +25,7 @@ def measure_accuracies(attack: TensorAttack, x: torch.Tensor, y: torch.Tensor, *
     """
     classifier = attack.classifier
     correct = torch.zeros(2, dtype=torch.int64, device=classifier.device)
-    with own_randomness(seed, classifier.device), evaluation_mode(classifier.model):
+    with seeded_randomness(seed, classifier.device), evaluation_mode(classifier.model):
         for inputs, labels in zip(x.split(BATCH_SIZE), y.split(BATCH_SIZE), strict=True):
             part = classifier.ranks.part(len(inputs))
             batch = Batch(inputs[part.mine], labels[part.mine], part).to(classifier.device)

@@ -15,13 +15,13 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
     :param model: The network.
     """
-    with own_modes(model):
+    with restored_modes(model):
         model.eval()
         yield
 
 
 @contextmanager
-def own_modes(model: nn.Module) -> Iterator[None]:
+def restored_modes(model: nn.Module) -> Iterator[None]:
     """
     Put every module back in the mode, training or evaluation, that it had.
 
@@ -36,7 +36,7 @@ def own_modes(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def own_statistics(modules: Iterable[nn.Module]) -> Iterator[None]:
+def kept_statistics(modules: Iterable[nn.Module]) -> Iterator[None]:
     """
     Leave running statistics, and whatever other buffers, of what is in training mode as they are.
 

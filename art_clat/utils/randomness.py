@@ -11,7 +11,7 @@ import torch
 
 
 @contextmanager
-def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
+def seeded_randomness(seed: int, device: torch.device) -> Iterator[None]:
     """
     Seed the global random generators, and put them back as they were on leaving.
 

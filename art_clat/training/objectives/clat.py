@@ -14,7 +14,7 @@ from art_clat.layers.layer import Layer
 from art_clat.models.tensor_classifier import TensorClassifier
 from art_clat.training.objectives.base import BatchLoss, Objective, register_objective
 from art_clat.utils.batch import Batch
-from art_clat.utils.modes import own_statistics
+from art_clat.utils.modes import kept_statistics
 
 
 class _FeatureObjective(Objective):
@@ -53,7 +53,7 @@ class AdversarialCLAT(_FeatureObjective):
     default_weight = 0.02
 
     def loss(self, batch: Batch, x_adv: torch.Tensor) -> BatchLoss:
-        with self.features.keep(stop=True), own_statistics(self.modules):
+        with self.features.keep(stop=True), kept_statistics(self.modules):
             self.classifier.logits(batch.x)
         with self.features.compare(forget=True):
             cross_entropy, logits = self.classifier.loss(x_adv, batch.y)
@@ -91,7 +91,7 @@ class CleanCLAT(_FeatureObjective):
 
     def loss(self, batch: Batch, x_adv: torch.Tensor) -> BatchLoss:
         # The perturbed pass comes first: the backward pass reaches it last, when the memory of the other is free again.
-        with self.features.keep(stop=True), own_statistics(self.modules):
+        with self.features.keep(stop=True), kept_statistics(self.modules):
             self.classifier.logits(x_adv)
         with self.features.compare(forget=True):
             cross_entropy, logits = self.classifier.loss(batch.x, batch.y)
