@@ -78,7 +78,7 @@ class Ranks:
         assert world is not None
         dist.barrier()
         if (world, timeout) not in _groups:
-            _groups[world, timeout] = dist.new_group(timeout=timeout)  # type: ignore[assignment]  # this process is a member
+            _groups[world, timeout] = dist.new_group(timeout=timeout)  # type: ignore[assignment]  # a member
         return cls(dist.get_rank(), dist.get_world_size(), _groups[world, timeout])
 
     def part(self, nb_samples: int) -> Part:
@@ -210,8 +210,8 @@ def _check_own_gpu(device: torch.device) -> None:
     if device.type == "cuda" and torch.cuda.device_count() > 1 and device.index != local_rank:
         raise ValueError(
             f"Process {local_rank} of this machine computes on {device}: call "
-            '`torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))` before `classifier` is made, so that every process '
-            "has another GPU."
+            '`torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))` before `classifier` is made, so that no two '
+            "processes share a GPU."
         )
 
 

@@ -113,10 +113,10 @@ def test_module_that_is_never_called_gives_what_its_last_one_gives():
         ([], ValueError, "empty list"),
         (["stern"], ValueError, "'stern' matches no module.*Close to it: 'stem'"),
         (["stem", "block"], ValueError, "'block' matches no module.*'blocks'"),
-        (["(stem"], ValueError, "no regular expression"),
-        ([r".*\.act"], ValueError, "only modules without parameters, 'blocks.0.act' say"),
+        (["(stem"], ValueError, "neither a module name nor a regular expression"),
+        ([r".*\.act"], ValueError, "only modules without parameters, such as 'blocks.0.act'"),
         (["blocks.*"], ValueError, "'blocks.0' is within 'blocks'"),
-        (["unused"], ValueError, "'unused' matches, but nothing in it runs"),
+        (["unused"], ValueError, "'unused' matches, but none of its modules returns a tensor with a batch"),
         ("block", ValueError, "Nested has no `group_matcher`"),
     ],
 )
