@@ -15,13 +15,9 @@ BATCH_SIZE = 256
 
 def measure_accuracies(attack: TensorAttack, x: torch.Tensor, y: torch.Tensor, *, seed: int) -> tuple[float, float]:
     """
-    Measure a network in evaluation mode.
+    Measure clean accuracy, and robust accuracy under an attack, in [0, 1], with the network in evaluation mode.
 
-    :param attack: The attack for the robust accuracy; its classifier is measured.
-    :param x: Inputs, shape (n, *input_shape), on the CPU.
-    :param y: Their labels.
-    :param seed: Seed of the attack.
-    :return: Clean and robust accuracy, in [0, 1]; on several processes the same in all.
+    The accuracies are over the data of all processes, and equal in each.
     """
     classifier = attack.classifier
     correct = torch.zeros(2, dtype=torch.int64, device=classifier.device)
