@@ -506,7 +506,7 @@ class TestArgumentsArrive:
     def test_names_of_no_layers_are_refused_before_the_warm_up(self, chain, data):
         trainer = make_trainer(make_classifier(chain), warmup=5, selection=["first", "secnd"])
         before = snapshot(chain)
-        with pytest.raises(ValueError, match=r"`selection` names secnd, .* those are first, second, hidden\."):
+        with pytest.raises(ValueError, match=r"`selection` names secnd, .* can be are first, second, hidden\."):
             trainer.fit(*data, nb_epochs=1, **QUIET)
         assert not moved(chain, before)
 
@@ -898,9 +898,9 @@ class TestBadInput:
             (lambda x, y: (x[:, :, :5], y), "shape"),
             (lambda x, y: (x, y + 1), "`y` holds labels from 1 to 4"),
             (lambda x, y: (x, y - 1), "`y` holds labels from -1"),
-            (lambda x, y: (x, y + 0.5), "no whole numbers"),
+            (lambda x, y: (x, y + 0.5), "not whole numbers"),
             (lambda x, y: (x, np.eye(5)[y]), "`y` has shape"),
-            (lambda x, y: (x, 2 * np.eye(4)[y]), "no class probabilities"),
+            (lambda x, y: (x, 2 * np.eye(4)[y]), "not class probabilities"),
             (lambda x, y: (x, y.astype(str)), "must hold numbers"),
             (lambda x, y: (x.astype(np.float64) * 1e300, y), "NaN or infinity"),
         ],
