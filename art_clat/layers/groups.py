@@ -70,7 +70,7 @@ def _blocks(model: nn.Module) -> list[Group]:
         name = parameter
         while name := name.rpartition(".")[0]:
             held.setdefault(name, set()).add(number)
-    # Under all their names: a wrapper may hold modules of timm's network under names of its own.
+    # Under all their names: a wrapper may hold modules of timm's network under other names.
     modules = dict(model.named_modules(remove_duplicate=False))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     groups = []

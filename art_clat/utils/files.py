@@ -44,7 +44,7 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor], content: Mapping[str,
     :raises OSError: If the file cannot be written.
     """
     text = json.dumps(content)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # every process writes a file of its own
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # no two processes write to the same file
     metadata = {"format": str(FORMAT), "content": text, "sha256": _digest(tensors, text, FORMAT)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -173,7 +173,7 @@ class Ranks:
         """
         Turn torch's error about a broken connection into one that says what to do.
 
-        NCCL raises no such error: torch then ends the process with a message of its own.
+        NCCL raises no such error: torch then ends the process, with another message.
 
         :raises ConnectionError: If another process is lost.
         """

@@ -185,7 +185,7 @@ def _repository_interface(base: Any) -> Any:
             *,
             batch_size: int | None = None,
         ) -> Any:
-            if batch_size is not None:  # pyautoattack calls itself, with its own signature
+            if batch_size is not None:  # pyautoattack calls itself this way
                 return super().run_standard_evaluation(x_orig, y_orig, batch_size=batch_size, state_path=state_path)
             x_adv, y_adv = super().run_standard_evaluation(x_orig, y_orig, batch_size=bs, state_path=state_path)
             return (x_adv, y_adv) if return_labels else x_adv

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from conftest import INPUT_SHAPE, OwnBatchNorm, make_attack, make_classifier
+from conftest import INPUT_SHAPE, ForeignBatchNorm, make_attack, make_classifier
 from torch import nn
 
 from art_clat.attacks.tensor_attack import TensorAttack
@@ -68,7 +68,7 @@ def test_loss_and_gradient_are_those_of_the_equations(chain, case, reading):
 
 
 @pytest.mark.parametrize("reading", ["adversarial", "clean"])
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d, OwnBatchNorm])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, ForeignBatchNorm])
 def test_statistics_are_those_of_the_pass_with_the_cross_entropy(normed, data, reading, norm):
     """At λ = 0 the "adversarial" objective is adversarial training of the chosen layers, BatchNorm and all."""
     normed.bn2 = norm(6)
