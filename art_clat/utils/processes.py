@@ -69,7 +69,7 @@ class Ranks:
         if not dist.is_initialized():
             if not dist.is_torchelastic_launched() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
                 return cls()
-            _check_own_gpu(device)
+            _check_gpu_is_not_shared(device)
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
             atexit.register(_leave)
         if dist.get_world_size() == 1:
@@ -204,7 +204,7 @@ class _Sum(torch.autograd.Function):
         return total, None
 
 
-def _check_own_gpu(device: torch.device) -> None:
+def _check_gpu_is_not_shared(device: torch.device) -> None:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     # A launcher may show every process one GPU only, which then has the index 0 everywhere.
     if device.type == "cuda" and torch.cuda.device_count() > 1 and device.index != local_rank:
