@@ -21,6 +21,9 @@ from art_clat.training.objectives import (
     register_objective,
 )
 from art_clat.utils.batch import Batch
+from art_clat.utils.robustbench_import import install_finder
+
+__version__ = "0.1.0"
 
 __all__ = [
     "AdversarialCLAT",
@@ -51,3 +54,5 @@ __all__ = [
     "register_selection_rule",
     "write_robustbench_entry",
 ]
+
+install_finder()  # RobustBench can be imported from here on

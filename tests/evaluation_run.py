@@ -1,4 +1,4 @@
-"""What the processes of test_evaluation.py run; it writes what came out."""
+"""The evaluations of robustness/test_runner.py, for its processes, too."""
 
 import os
 import sys
@@ -55,13 +55,13 @@ def evaluate(kind="standard", **kwargs):
     if kind == "noisy":
         model = Noisy(model)
         settings |= {"autoattack_version": None, "transfer_from": Noisy(trained(1))}
-    with mock.patch.object(Ensemble, "_part", quick):
+    with mock.patch.object(Ensemble, "make_attack", quick):
         return evaluate_robustness(model, *held_out(), **{**settings, **kwargs})
 
 
-def quick(ensemble, name, part=Ensemble._part):
-    """Attacks of fewer steps and queries: what is tested here is what goes on around them."""
-    attack = part(ensemble, name)
+def quick(ensemble, name, make_attack=Ensemble.make_attack):
+    """Attacks of fewer steps and queries: the tests are of what goes on around them."""
+    attack = make_attack(ensemble, name)
     if name == "square":
         attack.n_queries = QUERIES
     else:

@@ -1,6 +1,10 @@
 import copy
 import logging
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -978,3 +982,24 @@ class TestBadInput:
         trainer = make_trainer(make_classifier(model), layers=LayerOptions(head_eligible=True))
         trainer.fit(*data, nb_epochs=1, **QUIET)
         assert trainer.history.selections[0].chosen == ("1",)
+
+
+def test_log_lines_do_not_land_on_the_progress_bars_line(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import logging\n"
+        "from conftest import Chain, make_attack, make_classifier, make_data\n"
+        "from art_clat import AdversarialTrainerCLATPyTorch\n"
+        "logging.basicConfig(level=logging.INFO, format='%(message)s')\n"
+        "classifier = make_classifier(Chain())\n"
+        "trainer = AdversarialTrainerCLATPyTorch(classifier, make_attack(classifier), warmup=1, seed=0)\n"
+        "trainer.fit(*make_data(), nb_epochs=2, batch_size=16)\n"
+    )
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-W", "ignore", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.replace("\r", "\n").splitlines()
+    assert any(line.startswith("CLAT, epoch 1: training 1 of 4 layers") for line in lines)
+    assert any("epoch/s" in line for line in lines)
+    assert not any("CLAT, epoch" in line and "epoch/s" in line for line in lines)

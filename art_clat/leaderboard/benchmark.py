@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
+from types import FunctionType
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
 
-from art_clat.leaderboard.entries import (
-    working_directory,
-)
-from art_clat.models.datasets import only_test_files
+from art_clat.leaderboard.entries import working_directory
+from art_clat.models.datasets import load_data
 from art_clat.utils.robustbench_import import robustbench_utils
 
 
@@ -36,30 +33,32 @@ def run_benchmark(
     preprocessing: str | None = None,
 ) -> tuple[float, float, npt.NDArray[np.bool_]]:
     """
-    Evaluate a network with RobustBench's own ``benchmark``, and give its verdict on every example.
+    Evaluate a network with RobustBench's own ``benchmark``, and return its verdict on every example as well.
 
-    ``benchmark`` gives AutoAttack no seed, which then goes by the clock; with the seed and the batch size of
-    :func:`evaluate_robustness` it has the same adversarial examples, for the same network and device. That and nothing
-    else is changed. (Its own `aa_state_path`, which would hold the verdicts, fails in RobustBench 1.1.1.)
+    With the seed and the batch size of :func:`~art_clat.evaluate_robustness`, the same network on the same device gets
+    the same adversarial examples. ``benchmark`` itself seeds AutoAttack by the clock and has no argument for a seed. It
+    also asks for CIFAR's training files, which it does not use. So this function runs a copy of ``benchmark`` that
+    finds two other things under the names it looks up: AutoAttack with a seed, and a loader of CIFAR's test set alone.
+    Nothing of RobustBench is changed. (``aa_state_path``, which would keep the verdicts, fails in RobustBench 1.1.1.)
 
-    :param model: Takes images in [0, 1].
+    :param model: A network that takes images in [0, 1].
     :param model_id: RobustBench's key of the model.
     :param dataset: ``"cifar10"``, ``"cifar100"`` or ``"imagenet"``.
     :param norm: ``"Linf"`` or ``"L2"``.
-    :param eps: In units of inputs in [0, 1].
+    :param eps: ε, in units of inputs in [0, 1].
     :param nb_examples: Number of test examples, the first ones.
-    :param data_dir: Where the test set is, or is downloaded to, in torchvision's layout.
+    :param data_dir: The folder of the test set, in torchvision's layout. CIFAR is downloaded if it is not there.
     :param directory: Where ``benchmark`` writes ``model_info``.
     :param batch_size: Examples in a batch.
-    :param seed: Of AutoAttack; `None` for RobustBench's way, the time in seconds.
+    :param seed: Seed of AutoAttack; `None` to seed it by the clock, as RobustBench does.
     :param device: Where to run.
-    :param preprocessing: RobustBench's name of how ImageNet's images are resized and cropped; `None`: its own choice.
-    :return: What ``benchmark`` returned, clean and robust accuracy in [0, 1], and whether each example is classified
-            correctly under AutoAttack.
+    :param preprocessing: RobustBench's name of how ImageNet's images are resized and cropped; `None` for its choice.
+    :return: Clean and robust accuracy in [0, 1], as ``benchmark`` returns them, and whether each example is classified
+            correctly under AutoAttack, shape (nb_examples,).
     :raises ImportError: If RobustBench is not installed.
+    :raises OSError: If CIFAR's test set is not there and cannot be downloaded.
     """
     robustbench_utils()
-    import robustbench.data
     import robustbench.eval
 
     found: list[npt.NDArray[np.bool_]] = []
@@ -76,14 +75,32 @@ def run_benchmark(
                 found.append((torch.cat(predicted) == y.cpu()).numpy())
             return x_adv
 
+    names: dict[str, Any] = {"AutoAttack": Recorded}
+    if dataset in ("cifar10", "cifar100"):
+        names["load_clean_dataset"] = _load_test_set
     place = str(Path(data_dir).resolve())
-    with contextlib.ExitStack() as stack:
-        if dataset in ("cifar10", "cifar100"):
-            stack.enter_context(only_test_files(getattr(robustbench.data.datasets, dataset.upper())))
-        stack.enter_context(mock.patch.object(robustbench.eval, "AutoAttack", Recorded))
-        stack.enter_context(working_directory(Path(directory)))
-        clean, robust = robustbench.eval.benchmark(
+    with working_directory(Path(directory)):
+        clean, robust = _looking_up(robustbench.eval.benchmark, names)(
             model, n_examples=nb_examples, dataset=dataset, threat_model=norm, to_disk=True, model_name=model_id,
             data_dir=place, device=torch.device(device), batch_size=batch_size, eps=eps, preprocessing=preprocessing,
         )  # fmt: skip
     return clean, robust, found[0]
+
+
+def _load_test_set(dataset: Any, nb_examples: int, data_dir: str, _: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """Load CIFAR's test set with the arguments of RobustBench's ``load_clean_dataset``."""
+    data = load_data(dataset.value, data_dir=data_dir, nb_examples=nb_examples)
+    return torch.as_tensor(data.x), torch.as_tensor(data.y)
+
+
+def _looking_up(function: FunctionType, names: dict[str, Any]) -> FunctionType:
+    """Return a copy of a function that finds other things under some of the names of its module."""
+    copied = FunctionType(
+        function.__code__,
+        {**function.__globals__, **names},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied

@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 
 from art_clat.robustness.report import RobustnessReport
+from art_clat.utils.formatting import format_eps
 from art_clat.utils.robustbench_import import robustbench_utils
 
-#: Test examples and ε that RobustBench's leaderboards ask for.
+#: The test examples and the ε that RobustBench's leaderboards ask for.
 LEADERBOARDS: dict[str, dict[str, Any]] = {
     "cifar10": {"nb_examples": 10_000, "eps": {"Linf": 8 / 255, "L2": 0.5}},
     "cifar100": {"nb_examples": 10_000, "eps": {"Linf": 8 / 255}},
     "imagenet": {"nb_examples": 5_000, "eps": {"Linf": 4 / 255}},
 }
-
 
 #: The attacks of AutoAttack's standard version.
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -46,31 +46,25 @@ def write_robustbench_entry(
     """
     Write ``model_info/<dataset>/<threat model>/<model id>.json`` through RobustBench's own ``update_json``.
 
-    What keeps the result from being a claim to the leaderboard (see :func:`leaderboard_shortfalls`) is said in the
-    entry's footnote.
+    The entry's footnote says what keeps the result from being a claim to the leaderboard, see
+    :func:`leaderboard_shortfalls`.
 
-    :param report: What :func:`evaluate_robustness` returned, AutoAttack included; ``Linf`` or ``L2``.
-    :param model_id: RobustBench's key of the model, e.g. ``"Gopal2025Criticality_R18"``; the file's name.
+    :param report: What :func:`~art_clat.evaluate_robustness` returned, with AutoAttack, for ``Linf`` or ``L2``.
+    :param model_id: RobustBench's key of the model, e.g. ``"Gopal2025Criticality_R18"``. The file gets this name.
     :param dataset: ``"cifar10"``, ``"cifar100"``, ``"imagenet"``, or any other plain name.
-    :param directory: Where ``model_info`` is or shall be.
+    :param directory: The folder of ``model_info``, which is created if missing.
     :param link: Link to the paper.
     :param name: Title of the paper.
     :param authors: Authors of the paper.
-    :param venue: Where it was published.
+    :param venue: Where the paper was published.
     :param architecture: The network, as RobustBench writes it, e.g. ``"ResNet-18"``.
-    :param additional_data: Whether other training data were used; `None` for what the entry says, or else no.
-    :param footnote: What else readers should know; footnotes are written anew every time.
-    :return: The file. One that is there already is updated.
+    :param additional_data: Whether other training data were used; `None` for what an existing entry says, or else no.
+    :param footnote: What else readers should know. It replaces the footnote of an existing entry.
+    :return: The file. An existing one is updated.
     :raises ValueError: If AutoAttack was not run, RobustBench has no such threat model, or a name cannot be a file's.
     :raises ImportError: If RobustBench is not installed.
     """
-    if report.autoattack_accuracy is None:
-        raise ValueError("`report` has no AutoAttack result; RobustBench's entries are made of it.")
-    if report.norm not in ("Linf", "L2"):
-        raise ValueError(f"`report`: RobustBench has entries for Linf and L2, got {report.norm}.")
-    for argument, value in (("model_id", model_id), ("dataset", dataset)):
-        if not value or Path(value).name != value or value.startswith("."):
-            raise ValueError(f"`{argument}` must be a plain file name, got {value!r}.")
+    _check_entry(report, model_id=model_id, dataset=dataset)
     utils = robustbench_utils()
     from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
 
@@ -92,27 +86,42 @@ def write_robustbench_entry(
         additional_data=additional_data,
         number_forward_passes=1,
         dataset=dataset,
-        eps=as_robustbench_writes(report.eps, report.norm),
+        eps=format_eps(report.eps, report.norm),
     )
-    shortfalls = leaderboard_shortfalls(report, dataset)
-    reservation = [f"Not a leaderboard result: {'; '.join(shortfalls)}."] if shortfalls else []
     entry = json.loads(path.read_text(encoding="utf-8"))
     entry.update({key: value for key, value in dataclasses.asdict(described).items() if value is not None})
     entry["additional_data"] = bool(entry["additional_data"])
-    own = [footnote if footnote.endswith((".", "!", "?")) else f"{footnote}."] if footnote else []
-    entry["footnote"] = " ".join([*own, *reservation]) or None
+    entry["footnote"] = _footnote(footnote, leaderboard_shortfalls(report, dataset))
     path.write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
     return path
 
 
+def _check_entry(report: RobustnessReport, *, model_id: str, dataset: str) -> None:
+    """Refuse a report that RobustBench has no entries for, and names that no file can have."""
+    if report.autoattack_accuracy is None:
+        raise ValueError("`report` has no AutoAttack result, which RobustBench's entries consist of.")
+    if report.norm not in ("Linf", "L2"):
+        raise ValueError(f"`report`: RobustBench has entries for Linf and L2, got {report.norm}.")
+    for argument, value in (("model_id", model_id), ("dataset", dataset)):
+        if not value or Path(value).name != value or value.startswith("."):
+            raise ValueError(f"`{argument}` must be a plain file name, got {value!r}.")
+
+
+def _footnote(text: str | None, shortfalls: list[str]) -> str | None:
+    """Write the footnote of an entry: the user's text, then what keeps the result from the leaderboard."""
+    own = [text if text.endswith((".", "!", "?")) else f"{text}."] if text else []
+    reservation = [f"Not a leaderboard result: {'; '.join(shortfalls)}."] if shortfalls else []
+    return " ".join([*own, *reservation]) or None
+
+
 def leaderboard_shortfalls(report: RobustnessReport, dataset: str) -> list[str]:
     """
-    Say what keeps a result from being a claim to RobustBench's leaderboard.
+    List what keeps a result from being a claim to RobustBench's leaderboard.
 
-    :param report: What :func:`evaluate_robustness` returned, AutoAttack included.
+    :param report: What :func:`~art_clat.evaluate_robustness` returned, with AutoAttack.
     :param dataset: RobustBench's name of the data set, or any other.
-    :return: One phrase each: fewer examples than the leaderboard asks for, another ε, another version of AutoAttack or
-            attacks left out, what the evaluation warned of, no such leaderboard. Empty for what can be a claim.
+    :return: A phrase for each reason: there is no such leaderboard, it asks for more examples or another ε, AutoAttack
+            is not the standard version or lacks attacks, the evaluation warned. Empty for what can be a claim.
     """
     asked = LEADERBOARDS.get(dataset)
     if asked is None:
@@ -126,7 +135,7 @@ def leaderboard_shortfalls(report: RobustnessReport, dataset: str) -> list[str]:
     if eps is None:
         found.append(f"RobustBench has no {report.norm} leaderboard for {dataset}")
     elif not np.isclose(report.eps, eps, rtol=1e-6):
-        here, there = (as_robustbench_writes(value, report.norm) for value in (report.eps, eps))
+        here, there = (format_eps(value, report.norm) for value in (report.eps, eps))
         found.append(f"ε = {here} instead of {there}")
     if report.autoattack_version != "standard":
         found.append(f"AutoAttack's {report.autoattack_version} version instead of the standard one")
@@ -137,13 +146,13 @@ def leaderboard_shortfalls(report: RobustnessReport, dataset: str) -> list[str]:
 
 def preprocessing_shortfalls(preprocessing: str | None, *, model_id: str, dataset: str, norm: str) -> list[str]:
     """
-    Say whether RobustBench would evaluate a model on other images.
+    Find out whether RobustBench would evaluate a model on other images.
 
     :param preprocessing: RobustBench's name of how the images of the evaluation were resized and cropped.
-    :param model_id: RobustBench's key of the model; its definition must have been loaded.
+    :param model_id: RobustBench's key of the model, whose definition must have been loaded.
     :param dataset: ``"cifar10"``, ``"cifar100"`` or ``"imagenet"``.
     :param norm: ``"Linf"`` or ``"L2"``.
-    :return: As :func:`leaderboard_shortfalls`.
+    :return: A phrase that says how the images differ, as in :func:`leaderboard_shortfalls`; empty if they do not.
     :raises ImportError: If RobustBench is not installed.
     """
     robustbench_utils()
@@ -163,29 +172,16 @@ def preprocessing_shortfalls(preprocessing: str | None, *, model_id: str, datase
     return [f"evaluated on images made by {here}; RobustBench's `benchmark` derives {theirs}"]
 
 
-def as_robustbench_writes(eps: float, norm: str) -> str:
-    """
-    Write ε as RobustBench does.
-
-    :param eps: In units of inputs in [0, 1].
-    :param norm: ``"Linf"``, ``"L2"`` or ``"L1"``.
-    :return: For ``Linf`` a fraction of 255 where it is one, e.g. ``"8/255"``; else the number.
-    """
-    pixels = eps * 255
-    in_pixels = norm == "Linf" and np.isclose(pixels, round(pixels), rtol=0, atol=1e-6)
-    return f"{round(pixels)}/255" if in_pixels else f"{eps:g}"
-
-
 def leaderboard_row(model_id: str, *, dataset: str, norm: str, directory: str | os.PathLike[str]) -> str:
     """
-    Write a model's row of RobustBench's table in Markdown, through its own ``list_available_models``.
+    Write a model's row of RobustBench's table in Markdown, with RobustBench's own ``list_available_models``.
 
     :param model_id: RobustBench's key of the model.
     :param dataset: ``"cifar10"``, ``"cifar100"`` or ``"imagenet"``.
     :param norm: ``"Linf"`` or ``"L2"``.
     :param directory: Where :func:`write_robustbench_entry` wrote ``model_info``.
-    :return: The table's head, and the row; its rank is that among the models of RobustBench's zoo that `directory` has
-            entries of, 1 in a folder of its own.
+    :return: The table's head and the row. The rank counts those models of RobustBench's zoo that have an entry in
+            `directory`.
     :raises ImportError: If RobustBench is not installed.
     """
     utils = robustbench_utils()
@@ -208,7 +204,11 @@ def leaderboard_row(model_id: str, *, dataset: str, norm: str, directory: str | 
 
 @contextlib.contextmanager
 def working_directory(path: Path) -> Iterator[None]:
-    """RobustBench reads and writes below the working directory."""
+    """
+    Change the working directory for a while. RobustBench reads and writes below it.
+
+    :param path: The folder.
+    """
     before = Path.cwd()
     try:
         os.chdir(path)

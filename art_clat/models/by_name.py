@@ -6,20 +6,17 @@ import difflib
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import timm
 from art.estimators.classification import PyTorchClassifier
 from torch import nn
 
 from art_clat.models.backbones import create_backbone
-from art_clat.models.datasets import (
-    IMAGENET_PREPROCESSING,
-    robustbench_data,
-)
+from art_clat.models.datasets import IMAGENET_PREPROCESSING, robustbench_data
 from art_clat.models.weight_files import load_state_dict
 from art_clat.utils.robustbench_import import robustbench_utils
 
@@ -35,37 +32,29 @@ def load_model(
     model_dir: str | os.PathLike[str] = "models",
 ) -> nn.Module | PyTorchClassifier:
     """
-    Give a network by its name, in evaluation mode.
+    Load a network in evaluation mode.
 
-    :param name: A timm name, which needs a `checkpoint` and becomes a :func:`art_clat.create_backbone`; RobustBench's
-           identifier of a model; ``module:function`` or ``path/to/file.py:function``, called without arguments, for a
-           network or an ART classifier.
+    :param name: A timm name, which needs a `checkpoint` and becomes a :func:`~art_clat.create_backbone`; RobustBench's
+           identifier of a model; or ``module:function`` or ``path/to/file.py:function``, which is called without
+           arguments and returns a network or an ART classifier.
     :param dataset: RobustBench's name of the data set, for its models.
     :param norm: ``"Linf"`` or ``"L2"``, the threat model, for RobustBench's models.
     :param nb_classes: Number of classes, for timm's models.
     :param input_size: Channels, height and width of the images, for timm's models.
     :param checkpoint: A file of weights, see :func:`art_clat.models.weight_files.load_state_dict`.
-    :param model_dir: Where RobustBench keeps, and downloads, the weights of its models.
+    :param model_dir: Where RobustBench keeps the weights of its models, and downloads them to.
     :return: The network or classifier.
     :raises ValueError: If there is no such model, or the weights are of another one.
     :raises OSError: If a file is missing and cannot be downloaded.
     """
     if ":" in name:
-        function = load_function(name)
-        try:
-            loaded = function()
-        except Exception as error:  # whatever the user's code does
-            raise ValueError(f"`model`: {name} failed: {type(error).__name__}: {error}") from error
-        if not isinstance(loaded, (nn.Module, PyTorchClassifier)):
-            raise ValueError(
-                f"`model`: {name} must give a torch.nn.Module or an ART PyTorchClassifier, got {loaded!r}."
-            )
+        loaded = _from_function(name)
     elif timm.is_model(name):
         if checkpoint is None:
             raise ValueError(f"`model`: {name} is a timm network without weights; name a `checkpoint`.")
         loaded = create_backbone(name, num_classes=nb_classes, input_size=input_size)
     else:
-        loaded = _from_robustbench(name, dataset, norm, Path(model_dir), has_weights=checkpoint is not None)
+        loaded = _from_robustbench(name, dataset, norm, None if checkpoint is not None else Path(model_dir))
     network: nn.Module = loaded.model if isinstance(loaded, PyTorchClassifier) else loaded
     if checkpoint is not None:
         load_state_dict(network, checkpoint)
@@ -75,12 +64,12 @@ def load_model(
 
 def imagenet_preprocessing(model: str, norm: str) -> str | Callable[[Any], Any]:
     """
-    Say how ImageNet's images are resized and cropped for a model.
+    Find out how ImageNet's images are resized and cropped for a model.
 
     :param model: A model's name, as for :func:`load_model`.
     :param norm: ``"Linf"`` or ``"L2"``.
-    :return: For RobustBench's models what RobustBench does, its name of it where it has one; for others
-             ``"Res256Crop224"``.
+    :return: For RobustBench's models what RobustBench does: its name of that, or a function of an image if it has no
+            name. For other models ``"Res256Crop224"``.
     """
     data = robustbench_data()
     from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
@@ -95,12 +84,12 @@ def imagenet_preprocessing(model: str, norm: str) -> str | Callable[[Any], Any]:
     return names[0] if names else found
 
 
-def load_function(name: str) -> Callable[[], Any]:
+def load_function(name: str) -> Callable[..., Any]:
     """
-    Give a function by its name.
+    Import a function or class by its name. The module is executed.
 
     :param name: ``module:function`` or ``path/to/file.py:function``.
-    :return: The function.
+    :return: The function or class.
     :raises ValueError: If there is none.
     """
     where, _, function = name.rpartition(":")
@@ -119,27 +108,35 @@ def load_function(name: str) -> Callable[[], Any]:
     return getattr(module, function)  # type: ignore[no-any-return]
 
 
-def _from_robustbench(name: str, dataset: str, norm: str, model_dir: Path, *, has_weights: bool) -> nn.Module:
-    utils = robustbench_utils()
-    from robustbench.model_zoo import model_dicts
-    from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
+def _from_function(name: str) -> nn.Module | PyTorchClassifier:
+    """Call a user's function, and check what it returns."""
+    function = load_function(name)
+    try:
+        loaded = function()
+    except Exception as error:  # whatever the user's code does
+        raise ValueError(f"`model`: {name} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(loaded, (nn.Module, PyTorchClassifier)):
+        raise ValueError(f"`model`: {name} must return a torch.nn.Module or an ART PyTorchClassifier, got {loaded!r}.")
+    return loaded
 
-    known: dict[str, Any] = {}
-    if dataset in {member.value for member in BenchmarkDataset} and norm in ("Linf", "L2"):
-        known = model_dicts[BenchmarkDataset(dataset)].get(ThreatModel(norm), {})
+
+def _from_robustbench(name: str, dataset: str, norm: str, model_dir: Path | None) -> nn.Module:
+    """Load one of RobustBench's models with its weights, or without weights if `model_dir` is `None`."""
+    utils = robustbench_utils()
+    zoo = _zoo(dataset, norm)
     registered = f"{name.lower().replace('-', '_')}_{dataset}_{norm.lower()}"  # as RobustBench looks for timm's models
-    if name not in known and not timm.is_model(registered):
-        similar = difflib.get_close_matches(name, [*known, *timm.list_models()], n=3)
+    if name not in zoo and not timm.is_model(registered):
+        similar = difflib.get_close_matches(name, [*zoo, *timm.list_models()], n=3)
         hint = f"; similar names: {', '.join(similar)}" if similar else ""
         raise ValueError(
-            f"`model` must be a timm name, one of RobustBench's {len(known)} models for {dataset} and {norm}, or "
+            f"`model` must be a timm name, one of RobustBench's {len(zoo)} models for {dataset} and {norm}, or "
             f"module:function, got {name!r}{hint}."
         )
-    if has_weights:
-        model: nn.Module = known[name]["model"]() if name in known else timm.create_model(registered)
+    if model_dir is None:
+        model: nn.Module = zoo[name]["model"]() if name in zoo else timm.create_model(registered)
         return model
     try:
-        with mock.patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"):  # the default of newer versions of torch
+        with _only_weights():
             return utils.load_model(name, model_dir=model_dir, dataset=dataset, threat_model=norm)  # type: ignore[no-any-return]
     except Exception as error:
         raise OSError(
@@ -147,3 +144,28 @@ def _from_robustbench(name: str, dataset: str, norm: str, model_dir: Path, *, ha
             f"{model_dir / dataset / norm / f'{name}.pt'}, then on Google Drive; put the file there, or name it as "
             "`checkpoint`."
         ) from error
+
+
+def _zoo(dataset: str, norm: str) -> dict[str, Any]:
+    """Return RobustBench's models for a data set and a threat model, by name."""
+    from robustbench.model_zoo import model_dicts
+    from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
+
+    if dataset not in {member.value for member in BenchmarkDataset} or norm not in ("Linf", "L2"):
+        return {}
+    return model_dicts[BenchmarkDataset(dataset)].get(ThreatModel(norm), {})  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _only_weights() -> Iterator[None]:
+    """Let ``torch.load`` execute nothing, which older versions of torch do unless this variable says otherwise."""
+    variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before

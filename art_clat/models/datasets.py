@@ -1,32 +1,29 @@
-"""Test data by name, as the command line takes them."""
+"""Data sets to evaluate on, by name."""
 
 from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
 
 from art_clat.utils.robustbench_import import robustbench_utils
 
-#: Data sets that have a name; anything else is an image folder or an ``.npz`` file.
+#: Data sets that have a name. Anything else is an image folder or an ``.npz`` file.
 DATASETS = ("cifar10", "cifar100", "imagenet", "digits")
 
-
-#: RobustBench's name of how ImageNet's images are resized and cropped unless something else is said.
+#: RobustBench's name of how ImageNet's images are resized and cropped unless something else is asked for.
 IMAGENET_PREPROCESSING = "Res256Crop224"
 
 
 @dataclass(frozen=True)
-class TestData:
+class EvaluationData:
     """
     Examples to evaluate on.
 
@@ -47,21 +44,22 @@ def load_data(
     nb_examples: int | None = None,
     preprocessing: str | Callable[[Any], Any] | None = None,
     nb_classes: int | None = None,
-) -> TestData:
+) -> EvaluationData:
     """
-    Give test data by their name.
+    Load a data set to evaluate on.
 
-    :param name: ``"cifar10"``, ``"cifar100"``, ``"imagenet"``, through RobustBench's loaders; ``"digits"``, those of
-           scikit-learn's that ``examples/quickstart.py`` holds out; an image folder with a folder a class; or an
-           ``.npz`` file with arrays ``x``, in [0, 1] or uint8, shape (n, channels, height, width), and ``y``.
-    :param data_dir: Where the data sets of a name are; CIFAR is downloaded if it is not there.
-    :param nb_examples: How many, or `None` for all: the first ones, of an image folder evenly spaced ones.
+    :param name: ``"cifar10"`` or ``"cifar100"``, torchvision's test sets; ``"imagenet"``, through RobustBench's loader;
+           ``"digits"``, those of scikit-learn's that ``examples/quickstart.py`` holds out; an image folder with a
+           folder for each class; or an ``.npz`` file with arrays ``x``, in [0, 1] or uint8, shape
+           (n, channels, height, width), and ``y``.
+    :param data_dir: The folder of the data sets that have a name. CIFAR is downloaded if it is not there.
+    :param nb_examples: How many examples; `None` for all. An image folder's are evenly spaced, others are the first.
     :param preprocessing: How ImageNet's or a folder's images are resized and cropped: RobustBench's name of it, or a
-           function of an image; `None` for ``"Res256Crop224"``, or for a folder's images as they are.
+           function of an image. `None` for ``"Res256Crop224"``, or for a folder's images as they are.
     :param nb_classes: Number of classes; `None` for what the data say.
-    :return: The data.
-    :raises ValueError: If they are no such data, or fewer than are asked for.
-    :raises OSError: If they are not there; the message says where they were looked for.
+    :return: The examples.
+    :raises ValueError: If the data do not have this form, or there are fewer examples than asked for.
+    :raises OSError: If the data are not there; the message says where they were looked for.
     """
     if nb_examples is not None and nb_examples < 1:
         raise ValueError(f"`nb_examples` must be at least 1, got {nb_examples}.")
@@ -76,51 +74,69 @@ def load_data(
         if nb_classes not in (None, classes):
             raise ValueError(
                 f"`nb_classes` is {nb_classes}, {name} has {classes} folders: labels are the folders' numbers in "
-                "alphabetical order, so that every class needs its folder."
+                "alphabetical order, so every class needs a folder."
             )
     elif Path(name).suffix == ".npz":
         x, y = _npz(Path(name))
         classes = int(y.max()) + 1
     else:
         raise FileNotFoundError(
-            f"`dataset` must be one of {', '.join(DATASETS)}, an image folder or an .npz file; {name!r} is none, nor "
-            f"is there such a folder in {Path.cwd()}."
+            f"`dataset` must be one of {', '.join(DATASETS)}, an image folder or an .npz file, got {name!r}; there is "
+            f"no such folder in {Path.cwd()}."
         )
     if len(x) < (nb_examples or 0):
         raise ValueError(f"`nb_examples` is {nb_examples}, {name} has {len(x)} examples.")
-    return TestData(x[:nb_examples], y[:nb_examples], nb_classes or classes)
+    return EvaluationData(x[:nb_examples], y[:nb_examples], nb_classes or classes)
+
+
+def load_digits() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """
+    Load scikit-learn's handwritten digits.
+
+    :return: 1,797 images in [0, 1], shape (n, 1, 8, 8), and their labels, in scikit-learn's order.
+    """
+    from sklearn import datasets
+
+    digits = datasets.load_digits()
+    return (digits.images[:, None] / 16).astype(np.float32), digits.target
+
+
+def robustbench_data() -> ModuleType:
+    """
+    Import ``robustbench.data``.
+
+    :return: The module.
+    :raises ImportError: If RobustBench or what it needs is not installed.
+    """
+    robustbench_utils()
+    import robustbench.data
+
+    return robustbench.data  # type: ignore[no-any-return]
 
 
 def _cifar(name: str, data_dir: Path, nb_examples: int | None) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    robustbench = robustbench_data()
-    dataset = getattr(robustbench.datasets, name.upper())
+    """Load CIFAR's test set as RobustBench does, without asking for the files of the training set."""
+    from torchvision import datasets
+
+    published = getattr(datasets, name.upper())
+    test_only = type(published.__name__, (published,), {"train_list": []})
     try:
-        with only_test_files(dataset):
-            x, y = getattr(robustbench, f"load_{name}")(nb_examples, str(data_dir))
+        loaded = test_only(str(data_dir), train=False, download=True)
     except Exception as error:  # of torchvision, of the network, of the disk
         raise FileNotFoundError(
-            f"`data_dir`: {name}'s test set was looked for in {(data_dir / dataset.base_folder).resolve()} "
-            f"({', '.join(file for file, _ in dataset.test_list)} and {dataset.meta['filename']}, with their published "
-            f"checksums) and could not be downloaded: {error}. Unpack {dataset.url} in {data_dir.resolve()}, or pass "
-            "the folder where it is."
+            f"`data_dir`: {name}'s test set was looked for in {(data_dir / published.base_folder).resolve()} "
+            f"({', '.join(file for file, _ in published.test_list)} and {published.meta['filename']}, with their "
+            f"published checksums) and could not be downloaded: {error}. Unpack {published.url} in "
+            f"{data_dir.resolve()}, or pass the folder where it is."
         ) from error
-    return x.numpy(), y.numpy()
-
-
-@contextmanager
-def only_test_files(dataset: Any) -> Iterator[None]:
-    """
-    Have torchvision ask for the files of the test set only.
-
-    :param dataset: torchvision's class of CIFAR.
-    """
-    with mock.patch.object(dataset, "train_list", []):
-        yield
+    images = np.ascontiguousarray(loaded.data[:nb_examples].transpose(0, 3, 1, 2))
+    return images.astype(np.float32) / np.float32(255), np.array(loaded.targets[:nb_examples])
 
 
 def _imagenet(
     data_dir: Path, nb_examples: int | None, preprocessing: str | Callable[[Any], Any]
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Load ImageNet's validation images with RobustBench's loader, which chooses and orders them."""
     robustbench = robustbench_data()
     try:
         x, y = robustbench.load_imagenet(nb_examples or 5000, str(data_dir), _transform(preprocessing))
@@ -132,9 +148,20 @@ def _imagenet(
     return x.numpy(), y.numpy()
 
 
+def _digits() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Load the digits that ``examples/quickstart.py`` holds out: 1,200 train, 200 validate, the others test."""
+    from sklearn.model_selection import train_test_split
+
+    x, y = load_digits()
+    _, x, _, y = train_test_split(x, y, train_size=1200, stratify=y, random_state=0)
+    _, x, _, y = train_test_split(x, y, train_size=200, stratify=y, random_state=0)
+    return x, y
+
+
 def _image_folder(
     folder: Path, nb_examples: int | None, preprocessing: str | Callable[[Any], Any] | None
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64], int]:
+    """Load images that lie in a folder for each class, and count the classes."""
     from torchvision.datasets import ImageFolder
 
     try:
@@ -146,14 +173,9 @@ def _image_folder(
         ) from error
     if len(images) < (nb_examples or 0):
         raise ValueError(f"`nb_examples` is {nb_examples}, {folder} has {len(images)} images.")
-    # They are sorted by class: evenly spaced ones are of every class.
+    # They are sorted by class. Evenly spaced ones are of every class.
     chosen = np.linspace(0, len(images) - 1, nb_examples or len(images)).round().astype(int)
-    x = []
-    for index in chosen:
-        try:
-            x.append(images[index][0].numpy())
-        except OSError as error:
-            raise ValueError(f"`dataset`: {images.samples[index][0]} cannot be read as an image: {error}") from error
+    x = [_image(images, index) for index in chosen]
     for index, image in zip(chosen, x, strict=True):
         if image.shape != x[0].shape:
             raise ValueError(
@@ -164,7 +186,27 @@ def _image_folder(
     return np.stack(x), np.array([images.targets[index] for index in chosen]), len(images.classes)
 
 
+def _image(images: Any, index: int) -> npt.NDArray[np.float32]:
+    """Read one image of a folder."""
+    try:
+        return images[index][0].numpy()  # type: ignore[no-any-return]
+    except OSError as error:
+        raise ValueError(f"`dataset`: {images.samples[index][0]} cannot be read as an image: {error}") from error
+
+
+def _transform(preprocessing: str | Callable[[Any], Any] | None) -> Callable[[Any], Any]:
+    """Return what resizes and crops an image and makes it a tensor."""
+    if callable(preprocessing):
+        return preprocessing
+    known = robustbench_data().PREPROCESSINGS
+    if preprocessing not in known:
+        names = ", ".join(name for name in known if name)
+        raise ValueError(f"`preprocessing` must be one of RobustBench's: {names}; got {preprocessing!r}.")
+    return known[preprocessing]  # type: ignore[no-any-return]
+
+
 def _npz(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Load images and labels from a file of NumPy's. Pickled objects in it are refused."""
     if not path.is_file():
         raise FileNotFoundError(f"`dataset`: there is no file {path.resolve()}.")
     try:
@@ -192,41 +234,3 @@ def _npz(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
             "them first."
         )
     return x, y.astype(np.int64)
-
-
-def load_digits() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """
-    Load scikit-learn's handwritten digits.
-
-    :return: 1,797 images in [0, 1], shape (n, 1, 8, 8), and their labels, in scikit-learn's order.
-    """
-    from sklearn import datasets
-
-    digits = datasets.load_digits()
-    return (digits.images[:, None] / 16).astype(np.float32), digits.target
-
-
-def _digits() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    from sklearn.model_selection import train_test_split
-
-    x, y = load_digits()  # split as in examples/quickstart.py: 1,200 to train, 200 to validate, these to test
-    _, x, _, y = train_test_split(x, y, train_size=1200, stratify=y, random_state=0)
-    _, x, _, y = train_test_split(x, y, train_size=200, stratify=y, random_state=0)
-    return x, y
-
-
-def _transform(preprocessing: str | Callable[[Any], Any] | None) -> Callable[[Any], Any]:
-    if callable(preprocessing):
-        return preprocessing
-    known = robustbench_data().PREPROCESSINGS
-    if preprocessing not in known:
-        names = ", ".join(name for name in known if name)
-        raise ValueError(f"`preprocessing` must be one of RobustBench's: {names}; got {preprocessing!r}.")
-    return known[preprocessing]  # type: ignore[no-any-return]
-
-
-def robustbench_data() -> ModuleType:
-    robustbench_utils()
-    import robustbench.data
-
-    return robustbench.data  # type: ignore[no-any-return]

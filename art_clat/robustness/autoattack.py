@@ -1,4 +1,4 @@
-"""AutoAttack's attacks one at a time (Croce and Hein, arXiv 2003.01690): the authors' code, a batch at a call."""
+"""AutoAttack's attacks one at a time (Croce and Hein, arXiv 2003.01690): the authors' code on single batches."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import nn
 
 from art_clat.utils.robustbench_import import autoattack
 
-#: What perturbs a batch: inputs and labels in, perturbed inputs out.
+#: Perturbs a batch: takes inputs and index labels, returns perturbed inputs.
 Attack = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 VERSIONS = ("standard", "plus", "rand")
 
-#: The part of AutoAttack's object that each of its attacks is, and what the authors set on it beforehand.
-_PARTS: dict[str, tuple[str, dict[str, Any]]] = {
+#: The attribute of AutoAttack's object that holds each attack, and what the authors set on it beforehand.
+_ATTRIBUTES: dict[str, tuple[str, dict[str, Any]]] = {
     "apgd-ce": ("apgd", {"loss": "ce"}),
     "apgd-dlr": ("apgd", {"loss": "dlr"}),
     "apgd-t": ("apgd_targeted", {}),
@@ -29,15 +29,15 @@ _PARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "square": ("square", {}),
 }
 
-#: What AutoAttack's warnings say, and what they mean.
-_PLAIN_WORDS = {
-    "zero gradient": "For some examples the gradient that AutoAttack follows is zero: its attacks that need one may "
+#: Words in AutoAttack's warnings, and what these mean.
+_EXPLANATIONS = {
+    "zero gradient": "For some examples the gradient that AutoAttack follows is zero. Its attacks with gradients may "
     "have failed there, and robust accuracy may be overestimated (masked gradients, saturated outputs).",
-    "dynamic defense": "The network computes gradients in its forward pass, as a dynamic defense does that changes at "
-    "test time: AutoAttack may be too weak for it, an adaptive attack is needed.",
+    "dynamic defense": "The network computes gradients in its forward pass, like a dynamic defense, which changes at "
+    "test time. AutoAttack may be too weak for it: use an adaptive attack.",
     "Square Attack has decreased": "Square Attack, which needs no gradients, lowered the robust accuracy that the "
-    "attacks with gradients had left: gradients may be masked, and robust accuracy overestimated; try more of its "
-    "queries, or an adaptive attack.",
+    "attacks with gradients had left. Gradients may be masked and robust accuracy overestimated: try more queries, or "
+    "an adaptive attack.",
 }
 
 
@@ -45,14 +45,13 @@ class Ensemble:
     """
     The attacks of one version of AutoAttack on one network.
 
-    They are what the authors' ``run_standard_evaluation`` runs, with the same seed for every batch, so that the same
-    batches give the same adversarial examples. With fewer than ten classes there are as many targets as classes allow.
+    They are the attacks of the authors' ``run_standard_evaluation``, with the same seed for every batch, so that the
+    same batches make the same adversarial examples. With fewer than ten classes, targeted attacks have fewer targets.
 
-    :param model: Gives logits for inputs in [0, 1], shape (batch, channels, height, width).
+    :param model: Returns logits for inputs in [0, 1], shape (batch, channels, height, width).
     :param norm: ``"Linf"``, ``"L2"`` or ``"L1"``.
     :param eps: ε, in units of the input.
     :param version: ``"standard"``, ``"plus"`` or ``"rand"``.
-    :param nb_classes: Number of classes.
     :param seed: Seed of every attack on every batch.
     :param device: Where the network runs.
     :raises ImportError: If AutoAttack is not installed.
@@ -83,16 +82,32 @@ class Ensemble:
         #: Names of the attacks, in the order in which they run.
         self.names: tuple[str, ...] = tuple(self._make().attacks_to_run)
 
-    def attack(self, name: str) -> Attack:
+    def make_attack(self, name: str) -> Any:
         """
-        Give one of the attacks.
+        Make the authors' object of one of the attacks. Override this to change its settings.
 
         :param name: One of :attr:`names`.
-        :return: The attack. What it does not get misclassified comes back as it is.
+        :return: A new object, since an attack changes some of its settings as it runs. Its ``perturb(x, y)`` runs it.
+        """
+        adversary = self._make()
+        attribute, settings = _ATTRIBUTES[name]
+        attack = getattr(adversary, attribute)
+        for key, value in {**settings, "seed": self._seed, "logger": None}.items():  # without one it uses `warnings`
+            setattr(attack, key, value)
+        if hasattr(attack, "n_target_classes"):
+            attack.n_target_classes = min(attack.n_target_classes, self._nb_classes - 1)
+        return attack
+
+    def attack(self, name: str) -> Attack:
+        """
+        Return one of the attacks as a function.
+
+        :param name: One of :attr:`names`.
+        :return: The attack. Inputs that stay classified correctly are returned unchanged.
         """
 
         def perturb(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            x_adv: torch.Tensor = self._part(name).perturb(x, y)
+            x_adv: torch.Tensor = self.make_attack(name).perturb(x, y)
             return x_adv
 
         return perturb
@@ -104,55 +119,51 @@ class Ensemble:
         :param name: One of :attr:`names`.
         :return: Forward passes that one example takes at most; a backward pass counts for two.
         """
-        part = self._part(name)
+        attack = self.make_attack(name)
         if name == "square":
-            return int(part.n_restarts * part.n_queries)
-        steps = part.n_restarts * part.n_iter * getattr(part, "eot_iter", 1)
-        passes = {"apgd-t": 3 * getattr(part, "n_target_classes", 1), "fab": 2 + 2 * self._nb_classes}
-        passes["fab-t"] = 4 * getattr(part, "n_target_classes", 1)
+            return int(attack.n_restarts * attack.n_queries)
+        steps = attack.n_restarts * attack.n_iter * getattr(attack, "eot_iter", 1)
+        passes = {"apgd-t": 3 * getattr(attack, "n_target_classes", 1), "fab": 2 + 2 * self._nb_classes}
+        passes["fab-t"] = 4 * getattr(attack, "n_target_classes", 1)
         return int(steps * passes.get(name, 3))
 
-    def check_dynamic(self, x: torch.Tensor) -> None:
+    def check_dynamic(self, x: torch.Tensor) -> list[str]:
         """
-        Have AutoAttack warn of a network that changes at test time; :func:`heard` hears it.
+        Check by AutoAttack's own means whether the network changes at test time.
 
-        :param x: Some inputs.
+        :param x: Some inputs, on the network's device.
+        :return: A warning if it does.
         """
         from autoattack import checks
 
         trace = sys.gettrace()
-        checks.funcs.update(dict.fromkeys(checks.funcs, 0))  # it counts on from the last network it saw
+        checks.funcs.update(dict.fromkeys(checks.funcs, 0))  # it would count on from the last network
         try:
-            checks.check_dynamic(self._model, x)
+            with collect_warnings() as found:
+                checks.check_dynamic(self._model, x)
         finally:
-            sys.settrace(trace)  # a debugger's or a coverage tool's, which the check takes away
+            sys.settrace(trace)  # the check removes a debugger's or a coverage tool's
+        return found
 
     @staticmethod
-    def check_square(accuracies: Mapping[str, float]) -> None:
+    def check_square(accuracies: Mapping[str, float]) -> list[str]:
         """
-        Have AutoAttack warn if Square Attack found what the others did not; :func:`heard` hears it.
+        Check by AutoAttack's own means whether Square Attack found what the other attacks did not.
 
         :param accuracies: ``"clean"``, and robust accuracy after each attack.
+        :return: A warning if it did.
         """
         from autoattack import checks
 
-        checks.check_square_sr(dict(accuracies))
-
-    def _part(self, name: str) -> Any:
-        adversary = self._make()  # a new one for each batch: some settings change as it runs
-        attribute, settings = _PARTS[name]
-        part = getattr(adversary, attribute)
-        for key, value in {**settings, "seed": self._seed, "logger": None}.items():  # without one it uses `warnings`
-            setattr(part, key, value)
-        if hasattr(part, "n_target_classes"):
-            part.n_target_classes = min(part.n_target_classes, self._nb_classes - 1)
-        return part
+        with collect_warnings() as found:
+            checks.check_square_sr(dict(accuracies))
+        return found
 
 
 @contextmanager
-def heard() -> Iterator[list[str]]:
+def collect_warnings() -> Iterator[list[str]]:
     """
-    Collect what AutoAttack warns of in this context, in plain words and each thing once.
+    Collect AutoAttack's warnings in this context, each once and explained. Other warnings pass through.
 
     :return: The messages, complete when the context is left.
     """
@@ -161,10 +172,10 @@ def heard() -> Iterator[list[str]]:
         warnings.simplefilter("always")
         yield messages
     for one in caught:
-        if one.category is not Warning:  # which only AutoAttack uses
+        if one.category is not Warning:  # only AutoAttack uses this category
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
             continue
         text = str(one.message)
-        plain = next((words for part, words in _PLAIN_WORDS.items() if part in text), text)
-        if plain not in messages:
-            messages.append(plain)
+        explained = next((meaning for words, meaning in _EXPLANATIONS.items() if words in text), text)
+        if explained not in messages:
+            messages.append(explained)

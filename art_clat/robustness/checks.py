@@ -1,4 +1,4 @@
-"""What would give a false robust accuracy: wrong units of inputs, ε or outputs; a network that is not as trained."""
+"""Checks against a false robust accuracy: wrong units of inputs, ε or outputs; a network that is not as trained."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import nn
 #: The p of each ℓp norm.
 ORDERS = {"Linf": float("inf"), "L2": 2.0, "L1": 1.0}
 
-#: Examples on which the range of the inputs is tried.
+#: Number of examples on which the range of the inputs is checked.
 SAMPLE = 512
 
 
 def check_images(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> torch.Tensor:
     """
-    Refuse what are no images in [0, 1].
+    Refuse anything but images in [0, 1].
 
     :param x: What the user passed as ``x``.
     :param y: What the user passed as ``y``; its length.
@@ -38,15 +38,15 @@ def check_images(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> torch.Tensor:
 
 def check_eps(eps: float, norm: str, size: int) -> None:
     """
-    Refuse an ε that is none, or that is in units of 0…255.
+    Refuse an ε that is not positive, or that seems to be in units of 0…255.
 
     :param eps: What the user passed.
     :param norm: ``"Linf"``, ``"L2"`` or ``"L1"``.
     :param size: Number of values in an input.
     :raises ValueError: If it is not positive, or so large that no network could be robust.
     """
-    # Half the diagonal of [0, 1]^size reaches its centre from everywhere: no network can be robust. In ℓ∞ that would
-    # be 1/2; up to 1 is let through, since an unbounded attack is how evaluations are checked.
+    # Half the diagonal of [0, 1]^size reaches the centre from everywhere: no network can be robust. In ℓ∞ this is 1/2,
+    # but up to 1 is accepted, since an unbounded attack is a common check of an evaluation.
     largest = 1.0 if norm == "Linf" else size ** (1 / ORDERS[norm]) / 2
     is_number = isinstance(eps, (int, float, np.number)) and not isinstance(eps, bool)
     if not (is_number and 0 < eps <= largest):
@@ -58,11 +58,11 @@ def check_eps(eps: float, norm: str, size: int) -> None:
 
 def count_classes(model: nn.Module, x: torch.Tensor, argument: str) -> int:
     """
-    Give the number of classes, and refuse inputs that do not fit and outputs that are no logits.
+    Return the number of classes. Refuse inputs that do not fit, and outputs that are no logits.
 
-    :param model: The network.
-    :param x: A batch of inputs, on its device.
-    :param argument: Name of the network, for messages.
+    :param model: Returns logits.
+    :param x: A batch of inputs, on the network's device.
+    :param argument: Name of the argument, for messages.
     :return: The number of classes.
     :raises ValueError: If the network fails on the inputs, or its outputs are probabilities, or not finite.
     """
@@ -74,33 +74,33 @@ def count_classes(model: nn.Module, x: torch.Tensor, argument: str) -> int:
         ) from error
     if not isinstance(output, torch.Tensor) or output.ndim != 2:
         raise ValueError(
-            f"`{argument}` must give logits of shape (n, nb_classes), "
+            f"`{argument}` must return logits of shape (n, nb_classes), "
             f"got {tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__}."
         )
     if not output.isfinite().all():
-        raise ValueError(f"`{argument}` gives NaN or infinite logits, for which no attack means anything.")
+        raise ValueError(f"`{argument}` returns NaN or infinite logits, for which no attack means anything.")
     one = torch.ones(len(output), device=output.device)
     if (output >= 0).all() and torch.allclose(output.sum(dim=1), one, atol=1e-4):
         raise ValueError(
-            f"`{argument}` gives probabilities; AutoAttack's DLR loss needs logits, and its result would be "
+            f"`{argument}` returns probabilities. AutoAttack's DLR loss needs logits, and its result would be "
             "false. Remove the final softmax."
         )
     if (output <= 0).all() and torch.allclose(output.exp().sum(dim=1), one, atol=1e-4):
         raise ValueError(
-            f"`{argument}` gives log-probabilities; AutoAttack needs logits. Remove the final log-softmax, which "
+            f"`{argument}` returns log-probabilities. AutoAttack needs logits. Remove the final log-softmax, which "
             "changes no prediction."
         )
     return int(output.shape[1])
 
 
-def doubts_of_randomness(model: nn.Module, x: torch.Tensor) -> list[str]:
+def warn_about_randomness(model: nn.Module, x: torch.Tensor) -> list[str]:
     """
-    Look whether outputs differ from one forward pass to the next, by AutoAttack's own measure.
+    Check whether outputs differ from one forward pass to the next, by AutoAttack's own measure.
 
-    :param model: The network.
-    :param x: A batch of inputs, on its device.
-    :return: A warning, if they do.
-    :raises ValueError: If they do not, but those for an image depend on the other images of the batch.
+    :param model: Returns logits.
+    :param x: A batch of inputs, on the network's device.
+    :return: A warning if they do.
+    :raises ValueError: If they do not, but the outputs for an image depend on the other images of the batch.
     """
 
     def outputs(x: torch.Tensor) -> torch.Tensor:
@@ -112,31 +112,31 @@ def doubts_of_randomness(model: nn.Module, x: torch.Tensor) -> list[str]:
         if float((first - parts).norm(dim=1).max()) > 1e-2:  # far above what rounding does
             raise ValueError(
                 "`classifier_or_model`: its outputs for an image depend on the other images of the batch, as with a "
-                "BatchNorm in training mode. The network was put into evaluation mode; it must stay there."
+                "BatchNorm in training mode. The network was put into evaluation mode and must stay in it."
             )
         return []
     return [
-        "The network gives different outputs for the same inputs, as a randomized defense does, or dropout that is "
+        "The network returns different outputs for the same inputs, as a randomized defense does, or dropout that is "
         'left on: AutoAttack\'s version "rand" is made for those, the others overestimate robust accuracy.'
     ]
 
 
-def doubts_of_gradients(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> list[str]:
+def warn_about_gradients(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> list[str]:
     """
-    Look whether attacks that follow gradients have any to follow.
+    Check whether there are gradients for attacks to follow.
 
-    :param model: The network.
-    :param x: A batch of inputs, on its device.
-    :param y: Their index labels, on its device.
-    :return: Warnings, if the gradient vanishes for some inputs, or the outputs look like those of a sigmoid.
-    :raises ValueError: If the outputs do not depend on the inputs as far as torch can see.
+    :param model: Returns logits.
+    :param x: A batch of inputs, on the network's device.
+    :param y: Their index labels, on the network's device.
+    :return: Warnings if the gradient vanishes for some inputs, or the outputs look like those of a sigmoid.
+    :raises ValueError: If torch has no gradient of the outputs with respect to the inputs.
     """
     x = x.clone().requires_grad_()
     with torch.enable_grad():
         output = model(x)
         if not output.requires_grad:
             raise ValueError(
-                "`classifier_or_model` gives outputs without a gradient: attacks have nothing to follow. Does its "
+                "`classifier_or_model` returns outputs without a gradient: attacks have nothing to follow. Does its "
                 "forward pass run under `torch.no_grad()`, or on NumPy arrays?"
             )
         (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(output, y, reduction="sum"), x)
@@ -153,19 +153,18 @@ def doubts_of_gradients(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> l
     return found
 
 
-def doubts_of_inputs(
+def warn_about_inputs(
     model: nn.Module, x: torch.Tensor, y: torch.Tensor, *, nb_classes: int, device: torch.device, batch_size: int
 ) -> list[str]:
     """
-    Look whether inputs are in the range that the network was trained on.
+    Check whether inputs are in the range that the network was trained on.
 
-    :param model: The network.
+    :param model: Returns logits.
     :param x: Inputs in [0, 1], on the CPU.
     :param y: Index labels, on the CPU.
-    :param nb_classes: Number of classes.
     :param device: Where the network runs.
     :param batch_size: Examples in a batch.
-    :return: A warning, if clean accuracy is that of guessing.
+    :return: A warning if clean accuracy is that of guessing.
     :raises ValueError: If the network does far better on the same inputs standardised, scaled back, or in 0…255.
     """
     x, y = x[:SAMPLE], y[:SAMPLE]

@@ -1,4 +1,4 @@
-"""What an evaluation found."""
+"""The results of an evaluation: figures, verdicts, plot and files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import zipfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from art_clat.utils.formatting import format_eps
 from art_clat.utils.plots import new_axes
 from art_clat.utils.plots import save as save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from art_clat.robustness.plan import Settings, Step
+    from art_clat.robustness.runner import Outcome
 
 #: Whether each example is classified correctly, shape (n,).
 Verdicts = npt.NDArray[np.bool_]
@@ -32,7 +36,7 @@ FORMAT = 1
 @dataclasses.dataclass(frozen=True)
 class RobustnessReport:
     """
-    How a classifier did. Accuracies are in [0, 1]; verdicts have one entry an example.
+    The results of an evaluation. Accuracies are in [0, 1]; verdicts have one entry an example.
 
     :param norm: ``"Linf"``, ``"L2"`` or ``"L1"``.
     :param eps: ε, in units of inputs in [0, 1].
@@ -40,16 +44,16 @@ class RobustnessReport:
     :param clean: Whether each example is classified correctly as it is.
     :param pgd: Whether it still is under PGD.
     :param pgd_max_iter: Number of PGD steps.
-    :param autoattack: Whether it still is under AutoAttack; `None` if that was not run.
     :param autoattack_version: ``"standard"``, ``"plus"`` or ``"rand"``; `None` if AutoAttack was not run.
-    :param warnings: What makes the figures doubtful, AutoAttack's own warnings included, in plain words.
-    :param seconds: Time taken, that of all processes and of interrupted calls together.
+    :param warnings: What makes the figures doubtful, AutoAttack's own warnings included.
+    :param seconds: Time taken by all processes together, interrupted calls included.
     :param seed: Seed of the attacks.
     :param pgd_restarts: Number of random starts of PGD.
     :param transfer: Whether it still is on the adversarial examples of another network; `None` if that was not tried.
-    :param attacks: Whether it still is after each of AutoAttack's attacks and those before it, in their order.
+    :param attacks: Whether it still is after each of AutoAttack's attacks and those before it, in their order; empty if
+           AutoAttack was not run.
     :param adversarial: AutoAttack's adversarial examples (PGD's, if AutoAttack was not run), float32, shape
-           (n, channels, height, width); an example that withstood, or was misclassified anyway, is there as it is.
+           (n, channels, height, width); examples that withstood, or were misclassified anyway, are unchanged.
     """
 
     norm: str
@@ -58,7 +62,6 @@ class RobustnessReport:
     clean: Verdicts
     pgd: Verdicts
     pgd_max_iter: int
-    autoattack: Verdicts | None
     autoattack_version: str | None
     warnings: tuple[str, ...]
     seconds: float
@@ -67,6 +70,11 @@ class RobustnessReport:
     transfer: Verdicts | None = None
     attacks: dict[str, Verdicts] = dataclasses.field(default_factory=dict)
     adversarial: npt.NDArray[np.float32] | None = dataclasses.field(default=None, repr=False)
+
+    @property
+    def autoattack(self) -> Verdicts | None:
+        """Whether each example is still classified correctly after the last of AutoAttack's attacks."""
+        return next(reversed(self.attacks.values()), None)
 
     @property
     def clean_accuracy(self) -> float:
@@ -90,13 +98,13 @@ class RobustnessReport:
 
     def to_dict(self) -> dict[str, Any]:
         """
-        Give the figures without the arrays, ready for JSON.
+        Return the figures without the arrays, ready for JSON.
 
         :return: Every field that is no array, the accuracies, and under ``"attacks"`` the accuracy after each of
                  AutoAttack's attacks.
         """
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        arrays = ("clean", "pgd", "autoattack", "transfer", "attacks", "adversarial")
+        arrays = ("clean", "pgd", "transfer", "attacks", "adversarial")
         return {
             **{name: value for name, value in fields.items() if name not in arrays},
             "warnings": list(self.warnings),
@@ -141,13 +149,13 @@ class RobustnessReport:
 
     def save(self, folder: str | os.PathLike[str], **about: object) -> None:
         """
-        Write ``report.json``, ``verdicts.npz``, ``adversarial.pt`` and, where AutoAttack was run, ``waterfall.png``.
+        Write ``report.json``, ``verdicts.npz``, ``adversarial.pt`` and, if AutoAttack was run, ``waterfall.png``.
 
         The figures are :meth:`to_dict`'s. Verdicts are boolean arrays ``clean``, ``pgd``, ``transfer`` and
         ``autoattack/<attack>``; the adversarial examples are one tensor for ``torch.load(path, weights_only=True)``.
 
         :param folder: Created if missing; files of these names are replaced.
-        :param about: What else belongs in ``report.json``, such as model, data, command and date.
+        :param about: What else ``report.json`` shall hold, such as model, data, command and date.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -170,8 +178,9 @@ class RobustnessReport:
         Read what :meth:`save` wrote, without the adversarial examples. Nothing in the files is ever executed.
 
         :param folder: The folder.
-        :return: The report, and what else was said in ``report.json``.
-        :raises ValueError: If it is no such folder, of another format, or its files are damaged or not of one report.
+        :return: The report, and what else ``report.json`` holds.
+        :raises ValueError: If the folder holds no report, or one of another format, or files that are damaged or do not
+                belong together.
         """
         path = Path(folder) / "report.json"
         if not path.is_file():
@@ -188,7 +197,6 @@ class RobustnessReport:
             report = cls(
                 **{name: content[name] for name in fields - {"attacks", "warnings"}},
                 **verdicts,
-                autoattack=next(reversed(attacks.values()), None),
                 attacks=attacks,
                 warnings=tuple(content["warnings"]),
             )
@@ -213,4 +221,44 @@ class RobustnessReport:
         return "\n".join([self._title(), *lines, *(f"  ! {message}" for message in self.warnings)])
 
     def _title(self) -> str:
-        return f"{self.norm}, ε = {self.eps:.4g}, {self.nb_examples} examples"
+        return f"{self.norm}, ε = {format_eps(self.eps, self.norm)}, {self.nb_examples} examples"
+
+
+def make_report(
+    settings: Settings,
+    images: torch.Tensor,
+    plan: Sequence[Step],
+    outcomes: Mapping[str, Outcome],
+    warnings: Iterable[str],
+) -> RobustnessReport:
+    """
+    Make a report of what came out of an evaluation.
+
+    :param settings: What it was run with; the report repeats them.
+    :param images: The examples, shape (n, channels, height, width), on the CPU.
+    :param plan: The steps that were run.
+    :param outcomes: The outcome of each step, by name.
+    :param warnings: What makes the figures doubtful; the report has each once.
+    :return: The report.
+    """
+    verdicts = {name: outcome.robust.numpy() for name, outcome in outcomes.items()}
+    attacks = [step.name for step in plan if step.of_autoattack]
+    adversarial = images.clone()
+    for name in attacks or ["pgd"]:
+        adversarial[outcomes[name].fooled] = outcomes[name].adversarial
+    return RobustnessReport(
+        norm=settings.norm,
+        eps=settings.eps,
+        nb_examples=len(images),
+        clean=verdicts["clean"],
+        pgd=verdicts["pgd"],
+        pgd_max_iter=settings.pgd_max_iter,
+        pgd_restarts=settings.pgd_restarts,
+        transfer=verdicts.get("transfer"),
+        autoattack_version=settings.autoattack_version,
+        attacks={name: verdicts[name] for name in attacks},
+        adversarial=adversarial.numpy(),
+        warnings=tuple(dict.fromkeys(warnings)),
+        seconds=sum(outcome.seconds for outcome in outcomes.values()),
+        seed=settings.seed,
+    )

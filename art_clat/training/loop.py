@@ -13,6 +13,7 @@ import torch
 from art.attacks import EvasionAttack
 from art.estimators.classification import PyTorchClassifier
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from art_clat.attacks.tensor_attack import TensorAttack
 from art_clat.config import FitOptions, TrainerOptions
@@ -104,11 +105,10 @@ class TrainingLoop:
         self.progress = resumed or Progress(seed=drawn, history=History(configuration=made_with))
         self.is_resumed = resumed is not None
         if self.is_resumed and self.ranks.rank == 0:
-            ended = self.progress.epoch >= self.fit.nb_epochs
-            stands = "is finished" if ended else f"goes on at epoch {self.progress.epoch}"
-            logger.info("The checkpoint's run %s; its weights take the place of those at hand.", stands)
-        place = (self.progress.epoch, self.progress.batch, self.progress.seed)
-        self.ranks.check_same({"the checkpoint": place}, self.device)
+            epoch, last = self.progress.epoch, self.fit.nb_epochs
+            state = "is finished" if epoch >= last else f"goes on at epoch {epoch}"
+            logger.info("The checkpoint's run %s; its weights take the place of those at hand.", state)
+        self.ranks.check_same({"the checkpoint": (*self.counters, self.progress.batch)}, self.device)
         with own_randomness(self.progress.seed, self.device):
             self.sample = self.batches.sample(self.options.selection.samples, self.ranks)
             self.layers = self.classifier.find_layers(self.batches.example(), self.options.layers)
@@ -131,16 +131,19 @@ class TrainingLoop:
             self.begin_stage(None if names is None else [layer for layer in self.layers if layer.name in names])
             if self.keeper.average is not None and not self.is_resumed:
                 self.keeper.average.begin()  # now that all processes have the first one's weights
-            quiet = not self.fit.verbose or self.ranks.rank > 0
-            with tqdm(initial=self.progress.epoch, total=self.fit.nb_epochs, unit="epoch", disable=quiet) as bar:
+            quiet = self.ranks.rank > 0 or not self.fit.verbose
+            with (
+                nullcontext() if quiet else logging_redirect_tqdm(),  # log lines go above the bar
+                tqdm(initial=self.progress.epoch, total=self.fit.nb_epochs, unit="epoch", disable=quiet) as bar,
+            ):
                 while self.progress.epoch < self.fit.nb_epochs:
                     if self.selection_is_due():
                         self.begin_stage(self.select())
                     bar.set_description(self.stage.title)
                     self.train_epoch()
                     self.end_epoch()
+                    bar.set_postfix(self.history.epochs[-1].summary(), refresh=False)
                     bar.update()
-                    bar.set_postfix(self.history.epochs[-1].summary())
             if self.keeper.average is not None:
                 self.keeper.average.apply()
 

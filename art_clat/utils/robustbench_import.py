@@ -1,18 +1,21 @@
 """
 RobustBench with the AutoAttack that PyPI has.
 
-RobustBench 1.1.1 imports AutoAttack as ``autoattack`` and calls it as its repository's code is called. PyPI carries the
-same authors' package as ``pyautoattack``, with another signature, and RobustBench requires it under that name. Where no
-``autoattack`` is installed, this module puts a thin layer over ``pyautoattack`` in its place; the attacks are the
-authors' own.
+RobustBench 1.1.1 imports AutoAttack as ``autoattack``, the name in the authors' repository. PyPI has the same authors'
+package as ``pyautoattack``, with another signature, and RobustBench requires it under that name. Where no package
+``autoattack`` is installed, this module provides one: the repository's interface over ``pyautoattack``. The attacks
+are the authors' own.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import sys
 import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -20,26 +23,50 @@ from typing import Any
 
 import torch
 
+NAME = "autoattack"
+
+
+def install_finder() -> None:
+    """
+    Make ``import autoattack`` work where only ``pyautoattack`` is installed. Imports nothing by itself.
+
+    The finder comes last, so that a package ``autoattack`` takes precedence. If a script ``autoattack.py`` or a plain
+    folder of that name lies on the path, it keeps the name until RobustBench is imported, which needs the package.
+    """
+    if _FINDER not in sys.meta_path:
+        sys.meta_path.append(_FINDER)
+    if _GUARD not in sys.meta_path and NAME not in sys.modules and not _is_package(importlib.util.find_spec(NAME)):
+        sys.meta_path.insert(0, _GUARD)
+
 
 def autoattack() -> ModuleType:
     """
     Import ``autoattack``: the real package, or the layer over ``pyautoattack``.
 
     :return: A module with ``AutoAttack`` as in the authors' repository.
-    :raises ImportError: If neither is installed.
+    :raises ImportError: If neither is installed, or a script called ``autoattack.py`` was imported before.
     """
-    if "autoattack" not in sys.modules:
-        spec = importlib.util.find_spec("autoattack")
-        if spec is None or spec.submodule_search_locations is None:  # a script of that name is not the package
-            _install_layer()
-    import autoattack
-
-    return autoattack  # type: ignore[no-any-return]
+    if NAME not in sys.modules:
+        spec = importlib.util.find_spec(NAME)
+        if not _is_package(spec):
+            spec = _FINDER.find_spec(NAME)
+        if spec is None:
+            raise ImportError(
+                'AutoAttack is not installed: `pip install "art_clat[evaluation]"` brings `pyautoattack`.'
+            )
+        _load(spec)
+    module = importlib.import_module(NAME)
+    if not hasattr(module, "AutoAttack"):
+        raise ImportError(
+            f"`import autoattack` finds {getattr(module, '__file__', None) or module}, which is not AutoAttack: rename "
+            "that file, or import art_clat.utils.robustbench_import.autoattack() before it."
+        )
+    return module
 
 
 def robustbench_utils() -> ModuleType:
     """
-    Import ``robustbench.utils``, with ``autoattack`` in place so that the rest of RobustBench can be imported too.
+    Import ``robustbench.utils``, after which the rest of RobustBench can be imported too.
 
     :return: The module.
     :raises ImportError: If RobustBench or what it needs is not installed.
@@ -48,26 +75,79 @@ def robustbench_utils() -> ModuleType:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
-            import robustbench.utils
+            return importlib.import_module("robustbench.utils")
     except ImportError as error:
         raise ImportError(
             f'RobustBench cannot be imported ({error}). Install it with `pip install "art_clat[evaluation]"`; it needs '
             "setuptools below version 81."
         ) from error
-    return robustbench.utils  # type: ignore[no-any-return]
 
 
-def _install_layer() -> None:
+def _is_package(spec: ModuleSpec | None) -> bool:
+    """Tell a package from a script called ``autoattack.py`` and from a folder without ``__init__.py``."""
+    return spec is not None and spec.submodule_search_locations is not None and spec.origin is not None
+
+
+def _load(spec: ModuleSpec) -> None:
+    """Import a module from its spec, whatever else has its name."""
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
-        import pyautoattack
-        import pyautoattack.checks
-        import pyautoattack.state
-    except ImportError as error:
-        raise ImportError(
-            'AutoAttack is not installed: `pip install "art_clat[evaluation]"` brings `pyautoattack`.'
-        ) from error
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[spec.name]
+        raise
 
-    class AutoAttack(pyautoattack.AutoAttack):  # type: ignore[misc]
+
+class _Finder(MetaPathFinder, Loader):
+    """Finds ``autoattack`` and its submodules in ``pyautoattack``."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        package, _, submodule = fullname.partition(".")
+        if package != NAME:
+            return None
+        if submodule:  # of another package called `autoattack` it has none
+            parent = getattr(sys.modules.get(NAME), "__spec__", None)
+            if parent is None or parent.loader is not self:
+                return None
+        found = importlib.util.find_spec(f"py{fullname}")
+        return None if found is None else ModuleSpec(fullname, self, origin=found.origin, is_package=not submodule)
+
+    def exec_module(self, module: ModuleType) -> None:
+        name = module.__name__
+        if name == f"{NAME}.{NAME}":  # where the repository defines the class
+            sys.modules[name] = sys.modules[NAME]
+        elif name != NAME:
+            sys.modules[name] = importlib.import_module(f"py{name}")
+        else:
+            package = importlib.import_module(f"py{NAME}")
+            module.__doc__ = "The interface of AutoAttack's repository over the package pyautoattack."
+            module.__version__ = package.__version__  # type: ignore[attr-defined]
+            module.AutoAttack = _repository_interface(package.AutoAttack)  # type: ignore[attr-defined]
+            for submodule in ("checks", "state"):
+                setattr(module, submodule, importlib.import_module(f"{NAME}.{submodule}"))
+
+
+class _Guard(MetaPathFinder):
+    """Loads the layer before RobustBench imports ``autoattack`` and finds a script or folder of that name."""
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> None:
+        if fullname == "robustbench" and NAME not in sys.modules:
+            spec = _FINDER.find_spec(NAME)
+            if spec is not None:
+                _load(spec)
+
+
+_FINDER = _Finder()
+_GUARD = _Guard()
+
+
+def _repository_interface(base: Any) -> Any:
+    """Make pyautoattack's class one with the constructor and the calls of the authors' repository."""
+
+    class AutoAttack(base):  # type: ignore[misc]
         """The constructor and the calls of the authors' repository, on their PyPI package."""
 
         def __init__(
@@ -86,13 +166,7 @@ def _install_layer() -> None:
             if is_tf_model:
                 raise ValueError("`is_tf_model`: TensorFlow models are not supported by pyautoattack.")
             super().__init__(
-                model,
-                norm=norm,
-                eps=eps,
-                seed=seed,
-                attacks=attacks_to_run or None,
-                version=version,
-                device=device,
+                model, norm=norm, eps=eps, seed=seed, attacks=attacks_to_run or None, version=version, device=device
             )
             self.verbose = verbose
             if log_path is not None:
@@ -116,13 +190,4 @@ def _install_layer() -> None:
             x_adv, y_adv = super().run_standard_evaluation(x_orig, y_orig, batch_size=bs, state_path=state_path)
             return (x_adv, y_adv) if return_labels else x_adv
 
-    layer = ModuleType("autoattack", "The interface of AutoAttack's repository over the package pyautoattack.")
-    layer.__version__ = pyautoattack.__version__  # type: ignore[attr-defined]
-    layer.AutoAttack = AutoAttack  # type: ignore[attr-defined]
-    layer.checks = pyautoattack.checks  # type: ignore[attr-defined]
-    layer.state = pyautoattack.state  # type: ignore[attr-defined]
-    layer.__path__ = []
-    layer.__spec__ = ModuleSpec("autoattack", None, is_package=True)
-    sys.modules["autoattack"] = layer
-    sys.modules["autoattack.checks"] = pyautoattack.checks
-    sys.modules["autoattack.state"] = pyautoattack.state
+    return AutoAttack

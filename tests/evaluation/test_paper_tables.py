@@ -1,36 +1,71 @@
-import importlib.util
+"""`evaluation/paper_tables`: configuration, statistics, jobs that are killed, crash or are done, and the tables."""
+
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from paper_tables.configuration import CONFIGURATION, Study, load_configuration, resolve_arm, resolve_preset
+from paper_tables.evidence import Evidence
+from paper_tables.experiment import Experiment
+from paper_tables.jobs import claimed, measure_all, run_all
+from paper_tables.networks import ART_TRAINERS, load_data, make_model, trainer_arguments
+from paper_tables.page import aggregate, share_sections
+from paper_tables.results import Job, RefusedError, Results
+from paper_tables.statistics import interval, paired, trained_share
+from paper_tables.tables import accuracy_table, difference_table, second_stage_table, stability_table, tuning_table
 from safetensors.torch import load_file
 from scipy import stats
 
-SCRIPT = Path(__file__).parents[2] / "evaluation" / "paper_tables.py"
+from art_clat import Budget, LayerOptions, SelectionOptions, list_objectives, list_selection_rules
 
-spec = importlib.util.spec_from_file_location("paper_tables", SCRIPT)
-paper_tables = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(paper_tables)
-
-CONFIG = paper_tables.load_config(SCRIPT.with_suffix(".toml"))
+SCRIPT = Path(__file__).parents[2] / "evaluation" / "paper_tables"
+CONFIG = load_configuration()
 ARMS = ["pgd_at", "clat_random", "pgd_at_ema"]
 
 
-def make_bench(folder, **preset):
+@dataclass
+class Bench:
+    study: Study
+    results: Results
+    experiment: Experiment
+
+    def run(self, arms, seeds, **kwargs):
+        run_all(self.experiment, self.results, arms, seeds, **kwargs)
+
+    def read(self, arm, seed):
+        return self.results.read(Job("runs", seed, arm))
+
+    def aggregate(self):
+        self.results.collect()
+        return aggregate(self.results)
+
+    def evidence(self, arms, seeds=(0, 1)):
+        self.results.collect()
+        return Evidence.read(self.results, arms, seeds)
+
+
+def make_bench(folder, experiment=Experiment, **preset):
     config = {**CONFIG, "presets": {"smoke": {**CONFIG["presets"]["smoke"], **preset}}, "arms": dict(CONFIG["arms"])}
     config["arms"]["clat"] = {**config["arms"]["clat"], "tune": {"lr": [1.0], "criticality_weight": [0.02, 0.1]}}
     config["arms"]["clat_random"] = {
         "title": "CLAT objective on random layers", "like": "clat", "trainer": {"selection": "random"}
     }  # fmt: skip
     config["tables"] = {"A": {"title": "Controls", "arms": [*ARMS, "clat"], "against": ["pgd_at"]}}
-    return paper_tables.Bench(config, "smoke", results=folder / "results", work=folder / "work", data=None)
+    return bench_of(Study.of(config, "smoke"), folder / "results", folder / "work", experiment)
+
+
+def bench_of(study, results, work, experiment=Experiment):
+    results = Results(study, results=results, work=work)
+    return Bench(study, results, experiment(study, work=results.work, data=None))
 
 
 def without_circumstances(result):
@@ -44,7 +79,7 @@ def without_circumstances(result):
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     bench = make_bench(tmp_path_factory.mktemp("bench"))
-    paper_tables.run_all(bench, ARMS, [0, 1])
+    bench.run(ARMS, [0, 1])
     return bench
 
 
@@ -56,35 +91,30 @@ def _one_thread():  # another number of threads rounds in another order
     torch.set_num_threads(threads)
 
 
-def read(bench, arm, seed):
-    return json.loads(bench.run_file(arm, seed).read_text())
-
-
 class TestConfiguration:
     def test_every_arm_and_table_is_whole(self):
-        from art_clat import objectives, selection_rules
-        from art_clat.training.objectives import FIRST_STAGES
-
         for name in CONFIG["arms"]:
-            arm = paper_tables.resolve(CONFIG, name)
+            arm = resolve_arm(CONFIG["arms"], name)
             assert arm["title"] and arm["tuned_by"] in CONFIG["arms"]
-            assert arm.get("trainer", {}).get("selection", "criticality") in selection_rules()
-            assert arm.get("trainer", {}).get("objective", "adversarial") in objectives()
-            assert arm.get("base", "pgd_at") in {*FIRST_STAGES, *paper_tables.ART_TRAINERS}
-        for letter, table in CONFIG["tables"].items():
-            for name, others in paper_tables.references(CONFIG, table).items():
-                bases = {paper_tables.resolve(CONFIG, one).get("base", "pgd_at") for one in (name, *others)}
+            assert arm.get("trainer", {}).get("selection", "criticality") in list_selection_rules()
+            assert arm.get("trainer", {}).get("objective", "adversarial") in list_objectives()
+            assert arm.get("base", "pgd_at") in {*list_objectives(first_stage=True), *ART_TRAINERS}
+        study = Study.of(CONFIG, "smoke")
+        assert study.tables == CONFIG["tables"]
+        for letter, table in study.tables.items():
+            for name, others in study.references(table).items():
+                bases = {study.arm(one).get("base", "pgd_at") for one in (name, *others)}
                 assert len(bases) == 1  # pairs begin at the same weights
                 assert others or name in {"d_trades", "d_mart", "d_awp", "d_fbf", "rule_random"}
                 if letter == "C" and name.startswith("c_") and name != "c_single_step":
                     assert others == ["clat_parameters"]  # not what that one is compared with elsewhere
 
     def test_presets_like_another(self):
-        gpu, full = (paper_tables.resolve_preset(CONFIG, name) for name in ("gpu", "full"))
+        gpu, full = (resolve_preset(CONFIG["presets"], name) for name in ("gpu", "full"))
         assert full == {**gpu, "amp": False, "channels_last": False, "autoattack_images": 10_000}
-        assert paper_tables.resolve_preset(CONFIG, "full_densenet121") == {**full, "backbone": "densenet121_cifar"}
+        assert resolve_preset(CONFIG["presets"], "full_densenet121") == {**full, "backbone": "densenet121_cifar"}
         settings = set(gpu) | {"stem_stride", "validated_images", "backbone_arguments", "tuned_in"}
-        assert all(set(paper_tables.resolve_preset(CONFIG, name)) <= settings for name in CONFIG["presets"])
+        assert all(set(resolve_preset(CONFIG["presets"], name)) <= settings for name in CONFIG["presets"])
 
     def test_like_takes_over_all_but_what_is_given(self):
         config = {
@@ -93,20 +123,27 @@ class TestConfiguration:
                 "b": {"title": "B", "like": "a", "trainer": {"budget": 0.2}, "reselect_every": 3},
             }
         }
-        arm = paper_tables.resolve(config, "b")
+        arm = resolve_arm(config["arms"], "b")
         assert arm["trainer"] == {"objective": "clean", "budget": 0.2}
-        assert (
-            paper_tables.resolve({"arms": {**config["arms"], "b": {**config["arms"]["b"], "tune": {"lr": [2]}}}}, "b")[
-                "tuned_by"
-            ]
-            == "b"
-        )  # its own tuning
+        own_tuning = {**config["arms"], "b": {**config["arms"]["b"], "tune": {"lr": [2]}}}
+        assert resolve_arm(own_tuning, "b")["tuned_by"] == "b"
         assert arm["tuned_by"] == "a" and arm["title"] == "B" and arm["reselect_every"] == 3
         assert "like" in config["arms"]["b"] and config["arms"]["a"]["trainer"]["budget"] == 0.1
 
+    def test_what_an_arm_leaves_out_does_not_follow_the_packages_defaults(self):
+        preset = CONFIG["presets"]["smoke"]
+        arguments = trainer_arguments(preset, {})
+        assert arguments["objective"] == "adversarial" and arguments["layers"] == LayerOptions(freeze_norms=False)
+        assert arguments["selection"] == SelectionOptions("criticality", 32) and arguments["augmentation"] is None
+        arm = {"objective": "clean", "freeze_norms": True, "budget": {"parameter_share": 0.05}, "selection": "last"}
+        arguments = trainer_arguments({**preset, "augmentation": "flip"}, arm)
+        assert arguments["objective"] == "clean" and arguments["layers"].freeze_norms and arguments["augmentation"]
+        assert arguments["selection"] == SelectionOptions("last", 32) and "freeze_norms" not in arguments
+        assert arguments["budget"] == Budget(parameter_share=0.05)
+
     def test_data_of_a_seed(self):
         preset = CONFIG["presets"]["smoke"]
-        one, again, other = (paper_tables.load_data(preset, seed, None) for seed in (0, 0, 1))
+        one, again, other = (load_data(preset, seed, None) for seed in (0, 0, 1))
         assert all(np.array_equal(a[0], b[0]) and np.array_equal(a[1], b[1]) for a, b in zip(one, again, strict=True))
         assert not any(np.array_equal(a[0], b[0]) for a, b in zip(one, other, strict=True))
         images = [{image.tobytes() for image in x} for x, _ in one]
@@ -119,129 +156,140 @@ class TestStatistics:
     def test_interval_and_paired_test_against_scipy(self, seed):
         rng = np.random.default_rng(seed)
         one, other = rng.normal(0.2, 0.02, 5), rng.normal(0.19, 0.02, 5)
-        mean, half = paper_tables.interval(one)
+        mean, half = interval(one)
         low, high = stats.t.interval(0.95, 4, loc=one.mean(), scale=one.std(ddof=1) / np.sqrt(5))
         assert (mean - half, mean + half) == pytest.approx((low, high))
-        mean, half, p = paper_tables.paired(one, other)
+        mean, half, p = paired(one, other)
         expected = stats.ttest_1samp(one - other, 0)
         assert p == pytest.approx(expected.pvalue)
         assert (mean - half, mean + half) == pytest.approx(tuple(expected.confidence_interval(0.95)))
 
     def test_one_seed_has_no_interval(self):
-        assert np.isnan(paper_tables.interval([0.3])[1]) and np.isnan(paper_tables.paired([0.3], [0.2])[2])
+        assert np.isnan(interval([0.3])[1]) and np.isnan(paired([0.3], [0.2])[2])
 
     @pytest.mark.parametrize("by", [0.0, 11 / 400])
     def test_the_same_difference_every_time_proves_nothing(self, by):
         one = np.array([47, 33, 45]) / 400
-        mean, half, p = paper_tables.paired(one + by, one)
+        mean, half, p = paired(one + by, one)
         assert mean == pytest.approx(by) and np.isnan(half) and np.isnan(p)
 
 
 class TestRuns:
     def test_every_arm_begins_where_the_first_stage_ended(self, done):
         for seed in (0, 1):
-            first = json.loads((done.work / "first" / f"pgd_at-seed{seed}.json").read_text())
+            first = json.loads((done.results.work / "first" / f"pgd_at-seed{seed}.json").read_text())
             assert len(first["epochs"]) == 2
             rates = [first["epochs"][-1]["learning_rate"]] + [
-                record["learning_rate"] for record in read(done, "pgd_at", seed)["history"]["epochs"]
+                record["learning_rate"] for record in done.read("pgd_at", seed)["history"]["epochs"]
             ]
             expected = [0.05 * (1 + np.cos(np.pi * epoch / 4)) / 2 for epoch in (1, 2, 3)]
             assert rates == pytest.approx(expected)
 
     def test_results_are_whole_and_of_different_seeds(self, done):
         for arm in ARMS:
-            one, other = (read(done, arm, seed) for seed in (0, 1))
+            one, other = (done.read(arm, seed) for seed in (0, 1))
             assert one["status"] == other["status"] == "done"
             assert without_circumstances(one)["history"] != without_circumstances(other)["history"]
             for when in ("last", "best"):
                 assert 0 <= one["results"][when]["autoattack"] <= one["results"][when]["pgd20_on_autoattack_images"]
             assert (one["largest_trainable_share"] == 1) == (arm != "clat_random")
-        assert read(done, "clat_random", 0)["tuned"]["criticality_weight"] in (0.02, 0.1)
+        assert done.read("clat_random", 0)["tuned"]["criticality_weight"] in (0.02, 0.1)
 
     @pytest.mark.parametrize("base", ["awp", "fbf"])
     def test_first_stages_of_art(self, tmp_path, base):
-        first, again = (make_bench(tmp_path / name).first_stage(0, base) for name in ("one", "two"))
+        first, again = (make_bench(tmp_path / name).experiment.first_stage(0, base) for name in ("one", "two"))
         one, two = load_file(first), load_file(again)
-        model = paper_tables.make_model(CONFIG["presets"]["smoke"], 0)
+        model = make_model(CONFIG["presets"]["smoke"], 0)
         for name, parameter in model.named_parameters():
             assert torch.equal(one[name], two[name]) and not torch.equal(one[name], parameter)
         model.load_state_dict(one)
 
     def test_what_is_done_is_not_done_again(self, done):
-        files = sorted(done.results.rglob("*.json"))
+        files = sorted(done.results.work.rglob("*.json"))
+        assert {file.parent.name for file in files} >= {"runs", "tuning"}
         before = [file.stat().st_mtime_ns for file in files]
-        paper_tables.run_all(done, ARMS, [0, 1])
-        assert sorted(done.results.rglob("*.json")) == files
+        done.run(ARMS, [0, 1])
+        assert sorted(done.results.work.rglob("*.json")) == files
         assert [file.stat().st_mtime_ns for file in files] == before
 
     def test_another_configuration_is_refused(self, done):
-        bench = make_bench(done.results.parents[1], lr=0.06)
-        for action in (lambda: paper_tables.run_all(bench, ARMS, [0, 1]), lambda: paper_tables.aggregate(bench)):
-            with pytest.raises(SystemExit, match="another configuration"):
+        done.results.collect()
+        bench = make_bench(done.results.folder.parents[1], lr=0.06)
+        for action in (lambda: bench.run(ARMS, [0, 1]), bench.aggregate):
+            with pytest.raises(RefusedError, match=r"\.jsonl, .* was made with another configuration"):
                 action()
 
-    def test_nothing_is_gone_on_with_that_another_configuration_began(self, done):
-        assert make_bench(done.results.parents[1]).work == done.work
-        assert make_bench(done.results.parents[1], batch_size=16).work != done.work
-        one, other = ({**done.config["arms"]["pgd_at"], "reselect_every": n} for n in (1, 2))
-        assert done.fingerprint(one) != done.fingerprint(other)
+    def test_an_arm_that_was_changed_is_refused_before_it_is_collected(self, done):
+        arms = {**done.study.arms, "pgd_at": {**done.study.arms["pgd_at"], "reselect_every": 7}}
+        folder = done.results.folder.parents[1]
+        bench = bench_of(replace(done.study, arms=arms), folder / "none", folder / "work")
+        assert bench.results.work == done.results.work
+        for action in (lambda: bench.run(["pgd_at"], [0]), bench.results.collect):
+            with pytest.raises(RefusedError, match=r"pgd_at-seed0\.json, .* another configuration"):
+                action()
+        assert not (folder / "none").exists()
+
+    def test_work_that_another_configuration_began_is_not_continued(self, done):
+        folder = done.results.folder.parents[1]
+        assert make_bench(folder).results.work == done.results.work
+        assert make_bench(folder, batch_size=16).results.work != done.results.work
+        one, other = ({**done.study.arms["pgd_at"], "reselect_every": n} for n in (1, 2))
+        assert done.study.fingerprint(one) != done.study.fingerprint(other)
 
     def test_values_that_diverge_are_not_chosen_and_stop_nothing(self, tmp_path):
-        bench = make_bench(tmp_path)
-        second_stage = bench.second_stage
+        class Diverging(Experiment):
+            def second_stage(self, name, seed, tuned):
+                if tuned.get("criticality_weight") == 0.02:
+                    raise FloatingPointError("lost")
+                return super().second_stage(name, seed, tuned)
 
-        def diverge(name, seed, **values):
-            if values.get("criticality_weight") == 0.02:
-                raise FloatingPointError("lost")
-            return second_stage(name, seed, **values)
-
-        bench.second_stage = diverge
-        paper_tables.run_all(bench, ["clat"], [0])
-        assert bench.tuned("clat")["criticality_weight"] == 0.1
-        assert "| diverged to" in paper_tables.chosen_values(bench, ["clat"])
+        bench = make_bench(tmp_path, Diverging)
+        bench.run(["clat"], [0])
+        assert bench.results.tuned("clat")["criticality_weight"] == 0.1
+        assert "| diverged to" in tuning_table(bench.results, ["clat"])
 
     def test_runs_of_values_that_tuning_no_longer_chooses_are_refused(self, tmp_path):
         bench = make_bench(tmp_path)
-        paper_tables.run_all(bench, ["clat"], [0])
-        tuned = bench.tuned("clat")
-        other = next(values for values in paper_tables.grid(bench.config["arms"]["clat"]) if values != tuned)
+        bench.run(["clat"], [0])
+        tuned = bench.results.tuned("clat")
+        other = next(values for values in bench.study.grid("clat") if values != tuned)
         for values, accuracy in ((tuned, 0.1), (other, 0.9)):
-            path = bench.tuning_file("clat", values, 100)
+            path = bench.results.file(Job("tuning", 100, "clat", values))
             path.write_text(json.dumps({**json.loads(path.read_text()), "pgd20": accuracy}))
-        for action in (lambda: paper_tables.run_all(bench, ["clat"], [0]), lambda: paper_tables.aggregate(bench)):
-            with pytest.raises(SystemExit, match="tuning now chooses"):
+        for action in (lambda: bench.run(["clat"], [0]), bench.aggregate):
+            with pytest.raises(RefusedError, match="tuning now chooses"):
                 action()
 
     def test_tuning_and_first_stages_that_crash_are_recorded_and_stop_nothing_else(self, tmp_path):
-        bench = make_bench(tmp_path)
-        first_stage, second_stage = bench.first_stage, bench.second_stage
+        class Crashing(Experiment):
+            def first_stage(self, seed, base="pgd_at"):
+                if seed == 1:
+                    raise RuntimeError("no first stage")
+                return super().first_stage(seed, base)
 
-        def crash_first(seed, base="pgd_at"):
-            if seed == 1:
-                raise RuntimeError("no first stage")
-            return first_stage(seed, base)
+            def second_stage(self, name, seed, tuned):
+                if name == "clat":
+                    raise RuntimeError("no second stage")
+                return super().second_stage(name, seed, tuned)
 
-        def crash_second(name, seed, **values):
-            if name == "clat":
-                raise RuntimeError("no second stage")
-            return second_stage(name, seed, **values)
-
-        bench.first_stage, bench.second_stage = crash_first, crash_second
-        paper_tables.run_all(bench, ["clat", "pgd_at"], [0, 1])
-        assert bench.tuned("clat") is None
-        errors = {(arm, seed): read(bench, arm, seed).get("error") for arm in ("clat", "pgd_at") for seed in (0, 1)}
+        bench = make_bench(tmp_path, Crashing)
+        bench.run(["clat", "pgd_at"], [0, 1])
+        assert bench.results.tuned("clat") is None
+        errors = {(arm, seed): bench.read(arm, seed).get("error") for arm in ("clat", "pgd_at") for seed in (0, 1)}
         tuning = "RuntimeError: its tuning failed, RuntimeError: no second stage"
         assert errors == {("clat", 0): tuning, ("clat", 1): tuning, ("pgd_at", 0): None,
                           ("pgd_at", 1): "RuntimeError: no first stage"}  # fmt: skip
-        paper_tables.aggregate(bench)
-        assert "| 0 of 2, **2 failed** |" in (bench.results / "results.md").read_text()
-        bench.first_stage, bench.second_stage = first_stage, second_stage
-        paper_tables.run_all(bench, ["clat", "pgd_at"], [0, 1], retry=True)
-        assert {read(bench, arm, seed)["status"] for arm, seed in errors} == {"done"}
+        bench.aggregate()
+        assert "| 0 of 2, **2 failed** |" in (bench.results.folder / "results.md").read_text()
+        again = make_bench(tmp_path)
+        again.run(["clat", "pgd_at"], [0, 1], retry=True)
+        assert {again.read(arm, seed)["status"] for arm, seed in errors} == {"done"}
+        again.aggregate()  # What was collected as failed is replaced.
+        assert "failed" not in (bench.results.folder / "results.md").read_text()
 
     def test_killed_and_run_again_gives_the_same(self, done, tmp_path):
         config = tmp_path / "config.toml"
-        config.write_text(SCRIPT.with_suffix(".toml").read_text())
+        config.write_text(CONFIGURATION.read_text())
         command = [sys.executable, str(SCRIPT), "run", "--preset", "smoke", "--seeds", "0", "--arms", "pgd_at"]
         command += ["--results", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
         killed = []
@@ -253,31 +301,51 @@ class TestRuns:
             killed.append(process.wait())
         assert killed == [-signal.SIGKILL] * 2
         subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        again = json.loads((tmp_path / "results" / "smoke" / "runs" / "pgd_at-seed0.json").read_text())
-        assert without_circumstances(again) == without_circumstances(read(done, "pgd_at", 0))
+        (path,) = (tmp_path / "work").glob("smoke-*/runs/pgd_at-seed0.json")
+        assert without_circumstances(json.loads(path.read_text())) == without_circumstances(done.read("pgd_at", 0))
 
-    def test_a_crash_is_recorded_and_shown_and_can_be_tried_again(self, done, tmp_path, monkeypatch):
-        bench = make_bench(tmp_path)
-        second_stage = bench.second_stage
+    def test_a_crash_is_recorded_and_shown_and_can_be_tried_again(self, done, tmp_path):
+        class Crashing(Experiment):
+            def second_stage(self, name, seed, tuned):
+                if seed == 1:
+                    raise FloatingPointError("lost")
+                return super().second_stage(name, seed, tuned)
 
-        def crash(arm, seed, **kwargs):
-            if seed == 1:
-                raise FloatingPointError("lost")
-            return second_stage(arm, seed, **kwargs)
-
-        bench.second_stage = crash
-        paper_tables.run_all(bench, ["pgd_at"], [0, 1])
-        assert read(bench, "pgd_at", 1)["status"] == "failed"
-        paper_tables.aggregate(bench)
-        text = (bench.results / "results.md").read_text()
+        bench = make_bench(tmp_path, Crashing)
+        bench.run(["pgd_at"], [0, 1])
+        assert bench.read("pgd_at", 1)["status"] == "failed"
+        bench.aggregate()
+        text = (bench.results.folder / "results.md").read_text()
         assert "| PGD-AT continued | 1 of 2, **1 failed** |" in text
         assert "- pgd_at, seed 1: FloatingPointError: lost" in text
-        assert paper_tables.done(paper_tables.collect(bench, ["pgd_at"], [0, 1])["pgd_at"]).keys() == {0}
-        bench.second_stage = second_stage
-        paper_tables.run_all(bench, ["pgd_at"], [0, 1])
-        assert read(bench, "pgd_at", 1)["status"] == "failed"
-        paper_tables.run_all(bench, ["pgd_at"], [0, 1], retry=True)
-        assert without_circumstances(read(bench, "pgd_at", 1)) == without_circumstances(read(done, "pgd_at", 1))
+        bench.run(["pgd_at"], [0, 1], retry=True)  # It crashes again: it is tried once.
+        assert bench.read("pgd_at", 1)["status"] == "failed"
+        evidence = bench.evidence(["pgd_at"])
+        assert list(evidence.done("pgd_at").index) == [0] and evidence.failed("pgd_at") == 1
+        again = make_bench(tmp_path)
+        again.run(["pgd_at"], [0, 1])
+        assert again.read("pgd_at", 1)["status"] == "failed"
+        again.run(["pgd_at"], [0, 1], retry=True)
+        assert without_circumstances(again.read("pgd_at", 1)) == without_circumstances(done.read("pgd_at", 1))
+
+    def test_a_job_that_another_process_has_is_left_to_it(self, tmp_path):
+        lock = tmp_path / "job.lock"
+        hold = (
+            f"from paper_tables.jobs import claimed\nwith claimed(__import__('pathlib').Path({str(lock)!r})) as mine:"
+        )
+        hold += "\n    print(mine, flush=True)\n    input()"
+        path = os.pathsep.join([str(SCRIPT.parent), *sys.path])
+        process = subprocess.Popen(
+            [sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            text=True, env={**os.environ, "PYTHONPATH": path},
+        )  # fmt: skip
+        assert process.stdout.readline() == "True\n"
+        with claimed(lock) as mine:
+            assert not mine
+        process.kill()
+        process.wait()
+        with claimed(lock) as mine, claimed(lock) as again:
+            assert mine and not again
 
 
 def rows_of(text):
@@ -285,9 +353,9 @@ def rows_of(text):
 
 
 def test_table_is_what_the_runs_say(done):
-    found = paper_tables.collect(done, [*ARMS, "clat"], [0, 1])
-    rows = {row[0]: row[1:] for row in rows_of(paper_tables.table(done.config, "A", found, [0, 1]))}
-    row, runs = rows["CLAT objective on random layers"], [read(done, "clat_random", seed) for seed in (0, 1)]
+    evidence = done.evidence([*ARMS, "clat"])
+    rows = {row[0]: row[1:] for row in rows_of(accuracy_table(done.study, done.study.tables["A"], evidence, [0, 1]))}
+    row, runs = rows["CLAT objective on random layers"], [done.read("clat_random", seed) for seed in (0, 1)]
     assert row[0] == "2 of 2" and rows['CLAT, objective "adversarial"'][0] == "0 of 2"
     whats = [("last", "clean"), ("last", "pgd20"), ("last", "autoattack"), ("best", "autoattack")]
     whats += [("last", "pgd20_on_autoattack_images"), ("last", "train_pgd20")]
@@ -298,11 +366,11 @@ def test_table_is_what_the_runs_say(done):
 
 
 def test_differences_are_those_of_the_runs(done):
-    found = paper_tables.collect(done, [*ARMS, "clat"], [0, 1])
-    config = {**done.config, "arms": {**done.config["arms"]}}
-    config["arms"]["pgd_at_ema"] = {**config["arms"]["pgd_at_ema"], "against": ["pgd_at", "clat_random"]}
-    _, _, *rows = rows_of(paper_tables.differences(config, "A", found))
-    titles = {name: config["arms"][name]["title"] for name in ARMS}
+    evidence = done.evidence([*ARMS, "clat"])
+    arms = {**done.study.arms, "pgd_at_ema": {**done.study.arms["pgd_at_ema"], "against": ["pgd_at", "clat_random"]}}
+    study = replace(done.study, arms=arms)
+    _, _, *rows = rows_of(difference_table(study, study.tables["A"], evidence))
+    titles = {name: arms[name]["title"] for name in ARMS}
     pairs = [("clat_random", "pgd_at"), ("pgd_at_ema", "pgd_at"), ("pgd_at_ema", "clat_random")]
     assert [row[:2] for row in rows] == [[titles[one], titles[other]] for one, other in pairs]
     for row, (one, other) in zip(rows, pairs, strict=True):
@@ -314,25 +382,24 @@ def test_differences_are_those_of_the_runs(done):
             ("last", "clean"),
         ]
         for at, (when, what) in zip(range(2, 12, 2), columns, strict=True):
-            pair = ([100 * read(done, name, seed)["results"][when][what] for seed in (0, 1)] for name in (one, other))
+            pair = ([100 * done.read(name, seed)["results"][when][what] for seed in (0, 1)] for name in (one, other))
             difference = np.subtract(*pair)
             assert row[at].startswith(f"{difference.mean():+.1f}")
             if np.ptp(difference) > 1e-9:
                 assert row[at + 1] == f"{stats.ttest_1samp(difference, 0).pvalue:.3f}"
-        last = ([100 * read(done, name, seed)["history"]["epochs"][-1]["robust_accuracy"] for seed in (0, 1)]
+        last = ([100 * done.read(name, seed)["history"]["epochs"][-1]["robust_accuracy"] for seed in (0, 1)]
                 for name in (one, other))  # fmt: skip
         assert row[12].startswith(f"{np.subtract(*last).mean():+.1f}")
-    for seed in (0, 1):  # which nothing is validated of
-        found["pgd_at"][seed]["history"]["epochs"].clear()
-    _, _, row, *_ = rows_of(paper_tables.differences(config, "A", found))
+    others = evidence.epochs[evidence.epochs["arm"] != "pgd_at"]  # as if nothing of PGD-AT had been validated
+    unvalidated = Evidence.of(evidence.runs, others, evidence.layers)
+    _, _, row, *_ = rows_of(difference_table(study, study.tables["A"], unvalidated))
     assert row[2] and row[12:] == ["", ""]
 
 
 def test_what_the_second_stage_did_is_in_the_histories(done):
-    found = paper_tables.collect(done, ARMS, [0, 1])
-    rows = {row[0]: row[1:] for row in rows_of(paper_tables.second_stages(done.config, found))}
+    rows = {row[0]: row[1:] for row in rows_of(second_stage_table(done.study, done.evidence(ARMS), ARMS))}
     assert rows["PGD-AT continued"][1:] == [""] * 6
-    histories = [read(done, "clat_random", seed)["history"] for seed in (0, 1)]
+    histories = [done.read("clat_random", seed)["history"] for seed in (0, 1)]
     robust, *losses = (
         np.mean([history["epochs"][at][what] for history in histories])
         for at, what in ((-1, "robust_accuracy"), (0, "criticality_loss"), (-1, "criticality_loss"))
@@ -351,14 +418,16 @@ def test_what_the_second_stage_did_is_in_the_histories(done):
 
 
 def test_robust_overfitting_is_set_against_the_share_that_is_trained(done):
-    found = paper_tables.collect(done, [*ARMS, "clat", "start", "d_trades"], [0, 1])
-    found["start"] = found["d_trades"] = found["pgd_at"]  # neither is an arm's second stage from PGD-AT
-    found["pgd_at_tenth"] = {0: found["pgd_at"][0]}  # one seed of two
-    groups = paper_tables.trained_share(done.config, found, [0, 1])
-    tuned = read(done, "clat_random", 0)["tuned"]["lr"]
+    evidence = done.evidence([*ARMS, "clat"])
+    pgd_at = evidence.runs[evidence.runs["arm"] == "pgd_at"]
+    others = [pgd_at.assign(arm=arm) for arm in ("start", "d_trades")]  # neither is an arm's second stage from PGD-AT
+    others.append(pgd_at[pgd_at["seed"] == 0].assign(arm="pgd_at_tenth"))  # one seed of two
+    evidence = Evidence.of(pd.concat([evidence.runs, *others]), evidence.epochs, evidence.layers)
+    groups = trained_share(done.study, evidence, [*ARMS, "clat", "start", "d_trades", "pgd_at_tenth"], [0, 1])
+    tuned = done.read("clat_random", 0)["tuned"]["lr"]
     assert set(groups) == {("pgd_at", 1.0), ("adversarial", tuned)}
     ((share, accuracies),) = groups["adversarial", tuned]
-    runs = [read(done, "clat_random", seed) for seed in (0, 1)]
+    runs = [done.read("clat_random", seed) for seed in (0, 1)]
     assert share == pytest.approx(np.mean([100 * run["trainable_share"] for run in runs])) and share < 100
     assert accuracies == [100 * run["results"]["last"]["pgd20"] for run in runs]
     assert [share for share, _ in groups["pgd_at", 1.0]] == [100]
@@ -370,29 +439,28 @@ def test_overfitting_is_correlated_among_arms_that_differ_in_no_more(tmp_path):
         ("pgd_at", 1.0): [(2.0, [5.0, 6.0]), (3.0, [50.0, 60.0])],
         ("adversarial", 0.2): [(share, [share, share]) for share in (1.0, 2.0, 3.0, 4.0)],  # these may differ in λ
     }
-    text = paper_tables._overfitting(groups, tmp_path / "share.png")
+    text = "".join(share_sections(groups, tmp_path / "share.png"))
     assert "over the 3 arms with PGD-AT's own loss and the learning-rate factor 0.2: Spearman's ρ = -1.00." in text
     assert (tmp_path / "share.png").stat().st_size > 1000
     del groups["pgd_at", 0.2]
-    assert "Spearman" not in paper_tables._overfitting(groups, tmp_path / "share.png")
+    assert "Spearman" not in "".join(share_sections(groups, tmp_path / "share.png"))
 
 
 def test_stability(done):
-    for seed in (0, 1):
-        done.measure(seed)
-    measurements = [json.loads(done.stability_file(seed).read_text()) for seed in (0, 1)]
+    measure_all(done.experiment, done.results, [0, 1])
+    measurements = [done.results.read(Job("stability", seed)) for seed in (0, 1)]
     for entry in measurements:
         assert set(entry["measured"]) == {
             "PGD, 16 samples", "PGD, 32 samples", "FGSM, 32 samples", "APGD, 32 samples"
         }  # fmt: skip
         assert all(len(values) == len(entry["layers"]) for values in entry["measured"].values())
-    text = paper_tables.stability_table(measurements)
+    text = stability_table(measurements)
     one, other = (entry["measured"]["PGD, 32 samples"] for entry in measurements)
     assert f"| two seeds, PGD, 32 samples | {stats.spearmanr(one, other).statistic:.2f} " in text
     made_up = [
         {"measured": {"PGD, 8 samples": [1, 2, 3], "PGD, 64 samples": values}} for values in ([1, 2, 3], [3, 2, 1])
     ]
-    text = paper_tables.stability_table(made_up)
+    text = stability_table(made_up)
     assert "| two seeds, PGD, 64 samples | -1.00 (-1.00 to -1.00) | 0 % |" in text
     assert "| PGD, 8 samples, and PGD, 64 samples, the same network | 0.00 (-1.00 to 1.00) | 50 % |" in text
 
@@ -400,26 +468,27 @@ def test_stability(done):
 def test_fresh_seeds_take_what_another_preset_tuned_and_are_shown_by_themselves_and_together(done, tmp_path):
     arms = ["pgd_at", "clat_random"]
     config = {
-        **done.config,
+        "arms": done.study.arms,
         "presets": {
-            "smoke": done.preset,
+            "smoke": done.study.preset,
             "again": {"like": "smoke", "seeds": [2, 3], "tuned_in": "smoke", "tables": ["F"]},
         },
         "tables": {
-            **done.config["tables"],
+            **done.study.tables,
             "F": {"title": "Again", "arms": arms, "against": ["pgd_at"], "note": "Why."},
         },
     }
-    bench = paper_tables.Bench(config, "again", results=done.results.parent, work=tmp_path, data=None)
-    paper_tables.run_all(bench, arms, [2, 3])
-    assert not (bench.results / "tuning").exists()
-    assert read(bench, "clat_random", 2)["tuned"] == read(done, "clat_random", 0)["tuned"]
-    paper_tables.aggregate(bench)
-    text = (bench.results / "results.md").read_text()
+    done.results.collect()
+    bench = bench_of(Study.of(config, "again"), done.results.folder.parent, tmp_path)
+    bench.run(arms, [2, 3])
+    assert not (bench.results.work / "tuning").exists()
+    assert bench.read("clat_random", 2)["tuned"] == done.read("clat_random", 0)["tuned"]
+    bench.aggregate()
+    text = (bench.results.folder / "results.md").read_text()
     assert "## A." not in text and "## F. Again\n\nWhy.\n" in text
     accuracy = {
         arm: [
-            read(b, arm, seed)["results"]["last"]["clean"] for b, seed in ((done, 0), (done, 1), (bench, 2), (bench, 3))
+            b.read(arm, seed)["results"]["last"]["clean"] for b, seed in ((done, 0), (done, 1), (bench, 2), (bench, 3))
         ]
         for arm in arms
     }
@@ -433,5 +502,5 @@ def test_fresh_seeds_take_what_another_preset_tuned_and_are_shown_by_themselves_
         np.mean(np.subtract(accuracy["clat_random"], accuracy["pgd_at"])[part]) for part in (slice(2, 4), slice(4))
     ]
     assert [cell.split(" ")[0] for cell in differences] == [f"{100 * mean:+.1f}" for mean in means]
-    with pytest.raises(SystemExit, match="smoke has not tuned yet: rule_first"):
-        paper_tables.run_all(bench, ["rule_first"], [2])
+    with pytest.raises(RefusedError, match="smoke has not tuned yet: rule_first"):
+        bench.run(["rule_first"], [2])

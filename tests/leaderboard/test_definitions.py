@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+import types
 
 import pytest
 import timm
@@ -22,6 +23,9 @@ from art_clat.leaderboard.entries import preprocessing_shortfalls
 from art_clat.models.by_name import load_function
 from art_clat.utils.robustbench_import import robustbench_utils
 
+robustbench_utils()  # makes the next one importable
+from robustbench.model_zoo.architectures.resnet import PreActBlock, PreActResNet  # noqa: E402
+
 BACKBONE = {
     "name": "resnet10t", "num_classes": 10, "input_size": (3, 32, 32), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.3),
     "channels": (4, 8, 8, 8), "stem_width": 4,
@@ -30,16 +34,27 @@ ID = "Someone2026Small-R10"
 SETTING = {"model_id": ID, "dataset": "cifar10", "norm": "Linf"}
 
 
-def without_normalisation(num_classes):
-    """A network as timm makes it."""
-    return timm.create_model("resnet10t", num_classes=num_classes, in_chans=3)
+OWN = """from conftest import Normed
+
+from art_clat import create_backbone
 
 
-def preactresnet(num_classes):
-    """As RobustBench's own definitions make it."""
-    from robustbench.model_zoo.architectures.resnet import PreActBlock, PreActResNet
+def changed():
+    model = create_backbone("resnet10t", num_classes=10, channels=(4, 8, 8, 8), stem_width=4)
+    model.model.layer1[0].act1 = Normed().dropout
+    return model
 
-    return PreActResNet(PreActBlock, [1, 1, 1, 1], num_classes=num_classes, out_shortcut=True)
+
+def unchanged():
+    return create_backbone("resnet10t", num_classes=10, channels=(4, 8, 8, 8), stem_width=4)
+"""
+
+
+def defined(network, text, folder):
+    """The network as RobustBench's `load_model` makes it from a definition, with the weights of the one given."""
+    (folder / "definition.py").write_text(text)
+    write_checkpoint(network, folder / "weights.pt", folder / "definition.py", **SETTING)
+    return load_from_robustbench(folder / "definition.py", folder / "weights.pt", **SETTING)
 
 
 class TestModelZoo:
@@ -63,6 +78,12 @@ class TestModelZoo:
         assert not loaded.training
         assert torch.equal(loaded(x), model(x))
 
+    def test_has_the_normalisations_constants_without_weights_too(self, packed):
+        _, definition, _ = packed
+        normalize = load_from_robustbench(definition, None, **SETTING).normalize
+        assert normalize.mean.flatten().tolist() == pytest.approx(BACKBONE["mean"])
+        assert normalize.std.flatten().tolist() == pytest.approx(BACKBONE["std"])
+
     def test_needs_nothing_else_of_this_package(self, packed, tmp_path):
         """As RobustBench would have it: its load_model, the zoo's entry, and no art_clat."""
         model, _, weights = packed
@@ -70,7 +91,7 @@ class TestModelZoo:
         torch.save(x, tmp_path / "x.pt")
         code = f"""
 import sys, timm, torch
-from art_clat._robustbench import robustbench_utils  # AutoAttack under the name that RobustBench imports it by
+from art_clat.utils.robustbench_import import robustbench_utils  # where RobustBench finds AutoAttack
 load_model = robustbench_utils().load_model
 for name in [name for name in sys.modules if name.split(".")[0] == "art_clat"]:
     sys.modules[name] = None  # importing it fails
@@ -119,19 +140,69 @@ torch.save((loaded(x), other(x)), {str(tmp_path / "logits.pt")!r})
         [
             (create_backbone, BACKBONE),
             (create_backbone, {"name": "vit_tiny_patch16_224", "num_classes": 10, "depth": 1}),
-            (without_normalisation, {"num_classes": 10}),
-            (preactresnet, {"num_classes": 10}),
+            (create_backbone, {"name": "convnext_atto", "num_classes": 10}),
+            (create_backbone, {"name": "mobilenetv3_small_050", "num_classes": 10}),
+            (create_backbone, {"name": "resnet18", "num_classes": 10, "norm_layer": nn.InstanceNorm2d}),
+            (create_backbone, {"name": "densenet121_cifar", "num_classes": 10, "block_config": (1, 1, 1, 1)}),
+            (create_backbone, {"name": "vgg16_bn_cifar", "num_classes": 10, "mlp_ratio": 0.01}),
+            (create_backbone, {"name": "preactresnet18_cifar", "num_classes": 10}),
+            (create_backbone, {"name": "wideresnet28_10_cifar", "num_classes": 10}),
+            (timm.create_model, {"model_name": "resnet10t", "num_classes": 10, "in_chans": 3}),
+            (timm.create_model, {"model_name": "resnet18_cifar", "num_classes": 10}),
+            (PreActResNet, {"block": PreActBlock, "num_blocks": [1, 1, 1, 1], "num_classes": 10, "out_shortcut": True}),
         ],
     )
     def test_networks_of_timm_and_robustbench_need_nothing_else(self, tmp_path, make, arguments):
         text = model_definition(make, arguments, **SETTING)
         assert "art_clat" not in text and "pytest" not in text
-        network = make(**arguments).eval()
-        (tmp_path / "definition.py").write_text(text)
-        write_checkpoint(network, tmp_path / "weights.pt", tmp_path / "definition.py", **SETTING)
-        loaded = load_from_robustbench(tmp_path / "definition.py", tmp_path / "weights.pt", **SETTING)
+        network = make(**arguments)
+        network(torch.rand(8, 3, 32, 32))  # BatchNorm's statistics too
+        loaded = defined(network.eval(), text, tmp_path)
+        if make is not create_backbone:
+            assert repr(loaded) == repr(network)
+        else:  # the normalisation is RobustBench's
+            assert repr(loaded.model) == repr(network.model)
         x = torch.rand(2, 3, 32, 32)
         assert torch.equal(loaded(x), network(x))
+
+    def test_a_function_that_returns_a_backbone_needs_nothing_else(self, tmp_path):
+        (tmp_path / "own.py").write_text(OWN)
+        make = load_function(f"{tmp_path / 'own.py'}:unchanged")
+        text = model_definition(make, {}, **SETTING)
+        assert "art_clat" not in text
+        network = make().eval()
+        x = torch.rand(2, 3, 32, 32)
+        assert torch.equal(defined(network, text, tmp_path)(x), network(x))
+
+    def test_a_backbone_that_was_changed_is_defined_by_its_module(self, tmp_path):
+        """Its recipe is of another network."""
+        (tmp_path / "own.py").write_text(OWN)
+        make = load_function(f"{tmp_path / 'own.py'}:changed")
+        text = model_definition(make, {}, **SETTING)
+        assert OWN.rstrip() in text
+        loaded = defined(make(), text, tmp_path)
+        assert isinstance(loaded.model.layer1[0].act1, nn.Dropout)
+
+    def test_a_network_that_others_register_with_timm_is_not_taken_for_timms(self, tmp_path):
+        (tmp_path / "own.py").write_text(
+            "import timm\nfrom timm.models import register_model\n\nfrom art_clat import create_backbone\n\n\n"
+            "@register_model\ndef somebodys_net(pretrained=False, **kwargs):\n"
+            "    return timm.create_model('resnet10t', **kwargs)\n\n\n"
+            "def make():\n    return create_backbone('somebodys_net', num_classes=10)\n"
+        )
+        sys.modules["own"] = types.ModuleType("own")  # where timm looks
+        make = load_function(f"{tmp_path / 'own.py'}:make")
+        try:
+            assert "def somebodys_net" in model_definition(make, {}, **SETTING)
+        finally:
+            del sys.modules["own"]
+
+    def test_making_a_definition_draws_no_random_numbers(self):
+        torch.manual_seed(7)
+        expected = torch.rand(3)
+        torch.manual_seed(7)
+        model_definition(create_backbone, BACKBONE, **SETTING)
+        assert torch.equal(torch.rand(3), expected)
 
     @pytest.mark.parametrize("network", ["backbone", "own"])
     @pytest.mark.parametrize("preprocessing", ["Res256Crop224", "BicubicRes256Crop224", "Crop288"])

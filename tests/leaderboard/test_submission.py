@@ -1,20 +1,26 @@
-"""`evaluation/robustbench_submission.py` on the folder of an evaluation, made here without the attacks."""
+"""`art-clat submit` on the folder of an evaluation, made here without the attacks."""
 
-import importlib.util
 import json
-from pathlib import Path
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 from art_clat import RobustnessReport
+from art_clat.cli import main
 from art_clat.leaderboard.definitions import load_from_robustbench
+from art_clat.leaderboard.form import without_paths
+from art_clat.leaderboard.submission import Submission, write_submission
 from art_clat.models.by_name import load_function
-from art_clat.models.datasets import TestData
+from art_clat.models.datasets import EvaluationData
 from art_clat.utils.robustbench_import import robustbench_utils
 
-SCRIPT = Path(__file__).parents[2] / "evaluation" / "robustbench_submission.py"
 ID = "Someone2026Title_R10"
 NETWORK = '''"""A user's own network."""
 import torch
@@ -28,22 +34,14 @@ def make():
 '''
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("robustbench_submission", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def data():
     rng = np.random.default_rng(0)
-    return TestData(rng.random((32, 3, 32, 32), dtype=np.float32), rng.integers(0, 10, 32), 10)
+    return EvaluationData(rng.random((32, 3, 32, 32), dtype=np.float32), rng.integers(0, 10, 32), 10)
 
 
 @pytest.fixture
-def run(tmp_path, data, script, monkeypatch):
+def run(tmp_path, data):
     """An evaluation's folder: half of the labels are what the network says, and noise changes some of that."""
     (tmp_path / "network.py").write_text(NETWORK)
     name = f"{tmp_path / 'network.py'}:make"
@@ -59,30 +57,31 @@ def run(tmp_path, data, script, monkeypatch):
     robust = clean & ~fooled
     assert fooled.any() and robust.any()
     report = RobustnessReport(
-        norm="Linf", eps=8 / 255, nb_examples=32, clean=clean, pgd=robust, pgd_max_iter=20, autoattack=robust,
+        norm="Linf", eps=8 / 255, nb_examples=32, clean=clean, pgd=robust, pgd_max_iter=20,
         autoattack_version="standard", warnings=(), seconds=1.0, seed=3,
         attacks=dict.fromkeys(("apgd-ce", "apgd-t", "fab-t", "square"), robust), adversarial=adversarial.numpy(),
     )  # fmt: skip
     report.save(
         tmp_path / "run", model={"name": name, "checkpoint": str(tmp_path / "weights.pt")},
         data={"name": "cifar10", "shape": [32, 3, 32, 32], "preprocessing": None}, batch_size=16,
-        command="python evaluation/autoattack.py ...", versions={"torch": "2"},
+        versions={"torch": "2"},
+        command=f"art-clat evaluate --model {name} --checkpoint={tmp_path / 'weights.pt'} --eps 8/255",
     )  # fmt: skip
     (tmp_path / "run" / "autoattack.log").write_text("initial accuracy\n")
-    monkeypatch.setattr(script, "load_data", lambda *args, **kwargs: data)
     return tmp_path / "run"
 
 
-def arguments(run, *more):
-    return [
-        str(run), "--output", str(run.parent / "out"), "--model-id", ID, "--title", "A Title", "--authors", "Some One",
-        "--link", "https://example.org/paper", "--venue", "ICML 2026", "--architecture", "ConvNet", *more,
-    ]  # fmt: skip
+def submission(run, **changes):
+    settings = {
+        "run": run, "output": run.parent / "out", "model_id": ID, "title": "A Title", "authors": "Some One",
+        "link": "https://example.org/paper", "venue": "ICML 2026", "architecture": "ConvNet",
+    }  # fmt: skip
+    return Submission(**{**settings, **changes})
 
 
-def refused(script, capsys, *args):
-    with pytest.raises(SystemExit) as stopped:
-        script.main(list(args))
+def refused(run, data, **changes):
+    with pytest.raises(ValueError) as stopped:
+        write_submission(submission(run, **changes), data=data)
     return str(stopped.value)
 
 
@@ -91,8 +90,8 @@ def change(run, **values):
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def test_the_folder_has_what_the_form_asks_for(script, run, data, capsys):
-    script.main(arguments(run, "--license", "MIT", "--code-url", "https://example.org/code"))
+def test_the_folder_has_what_the_form_asks_for(run, data):
+    doubts = write_submission(submission(run, license="MIT", code_url="https://example.org/code"), data=data)
     out = run.parent / "out"
     report, _ = RobustnessReport.load(out / "evaluation")
     files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
@@ -113,19 +112,85 @@ def test_the_folder_has_what_the_form_asks_for(script, run, data, capsys):
     for line in (
         "- **Paper Title**: A Title", "- **Threat Model**: Linf", "- **eps**: 8/255", "- **Additional data**: false",
         f"- **Robust accuracy**: {report.autoattack_accuracy:.2%}", "checkpoint: TODO, code: https://example.org/code",
-        "- [x] I agree to release my model(s) under MIT license", f"evaluated as {run.parent / 'network.py'}:make, ",
+        "- [x] I agree to release my model(s) under MIT license", "evaluated as network.py:make, ",
         "- [ ] I want to add my models to the Model Zoo",
         "> **Not a leaderboard claim as it stands:**", "> - evaluated on 32 of the 10000 examples",
     ):  # fmt: skip
         assert line in issue
-    assert "evaluated on 32 of the 10000 examples" in capsys.readouterr().out
+    assert any("evaluated on 32 of the 10000 examples" in doubt for doubt in doubts)
     row = (out / "leaderboard_row.md").read_text()
     assert f"**{ID}**" in row and f"{report.autoattack_accuracy:.2%}" in row and "evaluated on 32 of" in row
 
 
-def test_robustbench_loads_the_packed_model(script, run, data, monkeypatch):
+def test_no_file_has_a_local_path(run, data):
+    """Nor does the copy of the evaluation; what else it says is all there."""
+    write_submission(submission(run), data=data)
+    out = run.parent / "out"
+    for path in out.rglob("*"):
+        if path.is_file():
+            assert str(run.parent).encode() not in path.read_bytes(), path
+    _, about = RobustnessReport.load(out / "evaluation")
+    assert about == {
+        **RobustnessReport.load(run)[1],
+        "model": {"name": "network.py:make", "checkpoint": "weights.pt"},
+        "command": "art-clat evaluate --model network.py:make --checkpoint=weights.pt --eps 8/255",
+    }
+    assert f"`{about['command']}`" in (out / "ISSUE.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "left"),
+    [
+        ("python x.py --model pkg.mod:make --eps 8/255", "python x.py --model pkg.mod:make --eps 8/255"),
+        ("art-clat evaluate '/a b/net.py:f' --output ~/runs/", "art-clat evaluate net.py:f --output runs"),
+        (
+            r"art-clat evaluate 'C:\\me\\w.pt' --transfer-checkpoint=../w.pt",
+            "art-clat evaluate w.pt --transfer-checkpoint=w.pt",
+        ),
+    ],
+)
+def test_paths_in_a_command(given, left):
+    about = {"command": given, "model": {"name": "resnet18", "checkpoint": None}, "transfer_from": None}
+    assert without_paths(about) == {**about, "command": left}
+
+
+def test_the_forms_code_runs_elsewhere(run, data, tmp_path_factory):
+    """As a stranger runs it, who has installed packages and got the folder, and has a script of an unlucky name."""
+    write_submission(submission(run), data=data)
+    elsewhere = tmp_path_factory.mktemp("stranger")
+    shutil.copytree(run.parent / "out", elsewhere / "submission")
+    (elsewhere / "submission" / "autoattack.py").write_text("raise SystemExit('not the package')\n")
+    (snippet,) = re.findall(r"```python\n(.*?)```", (elsewhere / "submission" / "ISSUE.md").read_text(), re.DOTALL)
+    assert snippet.startswith("import art_clat")
+    (elsewhere / "submission" / "try.py").write_text(
+        f"{snippet}\nimport torch; torch.save(model.state_dict(), 'loaded.pt')\n"
+    )
+    for path in (run.parent / "network.py", run.parent / "weights.pt"):
+        path.rename(path.with_suffix(".moved"))
+    done = subprocess.run(
+        [sys.executable, "try.py"], cwd=elsewhere / "submission", capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    loaded = torch.load(elsewhere / "submission" / "loaded.pt")
+    packed = torch.load(elsewhere / "submission" / "models" / "cifar10" / "Linf" / f"{ID}.pt")
+    assert loaded.keys() == packed.keys() and all(torch.equal(loaded[name], packed[name]) for name in packed)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions are others there")
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_files_are_as_readable_as_the_umask_says(run, data, umask):
+    before = os.umask(umask)
+    try:
+        write_submission(submission(run), data=data)
+    finally:
+        os.umask(before)
+    for path in (run.parent / "out", *(run.parent / "out").rglob("*")):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o777 if path.is_dir() else 0o666) & ~umask, path
+
+
+def test_robustbench_loads_the_packed_model(run, data, monkeypatch):
     """With the definition and the zoo's entry as they are, where RobustBench has them."""
-    script.main(arguments(run))
+    write_submission(submission(run), data=data)
     out = run.parent / "out"
     setting = {"model_id": ID, "dataset": "cifar10", "norm": "Linf"}
     definition = out / "robustbench" / "model_zoo" / "architectures" / "someone2026title_r10.py"
@@ -145,7 +210,7 @@ def test_robustbench_loads_the_packed_model(script, run, data, monkeypatch):
         assert entry["model"]().state_dict().keys() == network.state_dict().keys()
 
 
-def test_benchmark_is_run_and_must_agree(script, run, monkeypatch):
+def test_benchmark_is_run_and_must_agree(run, data):
     report, _ = RobustnessReport.load(run)
     asked = []
 
@@ -153,13 +218,12 @@ def test_benchmark_is_run_and_must_agree(script, run, monkeypatch):
         asked.append(kwargs)
         return 0.0, 0.0, theirs
 
-    monkeypatch.setattr(script, "run_benchmark", benchmark)
     theirs = ~report.autoattack
-    with pytest.raises(SystemExit, match="`benchmark`.* decides otherwise than in the evaluation for 32 of 32"):
-        script.main(arguments(run, "--benchmark"))
+    with pytest.raises(ValueError, match="`benchmark`.* decides otherwise than in the evaluation for 32 of 32"):
+        write_submission(submission(run, benchmark=True), data=data, benchmark=benchmark)
     assert not (run.parent / "out").exists()
     theirs = report.autoattack
-    script.main(arguments(run, "--benchmark"))
+    write_submission(submission(run, benchmark=True), data=data, benchmark=benchmark)
     assert (asked[0]["seed"], asked[0]["batch_size"], asked[0]["nb_examples"], asked[0]["eps"]) == (3, 16, 32, 8 / 255)
     assert (
         "own `benchmark`, with the same seed: 32 of 32 verdicts are those of the evaluation"
@@ -167,17 +231,17 @@ def test_benchmark_is_run_and_must_agree(script, run, monkeypatch):
     )
 
 
-def test_additional_data_and_licence(script, run):
-    script.main(arguments(run, "--additional-data", "--license", "https://example.org/licence"))
+def test_additional_data_and_licence(run, data):
+    write_submission(submission(run, additional_data=True, license="https://example.org/licence"), data=data)
     issue = (run.parent / "out" / "ISSUE.md").read_text()
     assert "- **Additional data**: true" in issue and "> - additional training data" in issue
     assert "- [ ] I agree to release" in issue and "located here: https://example.org/licence" in issue
 
 
-def test_a_folder_with_something_in_it_is_refused(script, run, capsys):
+def test_a_folder_with_something_in_it_is_refused(run, data):
     (run.parent / "out").mkdir()
     (run.parent / "out" / "mine.txt").write_text("mine")
-    assert "holds something already" in refused(script, capsys, *arguments(run))
+    assert "holds something already" in refused(run, data)
     assert [path.name for path in (run.parent / "out").iterdir()] == ["mine.txt"]
 
 
@@ -199,34 +263,53 @@ def test_a_folder_with_something_in_it_is_refused(script, run, capsys):
         (lambda run: (run / "adversarial.pt").write_bytes(b"no"), "adversarial.pt cannot be read"),
     ],
 )
-def test_bad_runs(script, run, capsys, damage, said):
+def test_bad_runs(run, data, damage, said):
     damage(run)
-    assert said in refused(script, capsys, *arguments(run))
+    assert said in refused(run, data)
     assert sorted(path.name for path in run.parent.iterdir()) == ["network.py", "run", "weights.pt"]
 
 
-def test_other_weights_than_those_evaluated(script, run, capsys):
+def test_other_weights_than_those_evaluated(run, data):
     other = {
         name: torch.randn_like(value.float())
         for name, value in torch.load(run.parent / "weights.pt")["state_dict"].items()
     }
     torch.save(other, run.parent / "other.pt")
-    said = refused(script, capsys, *arguments(run, "--checkpoint", str(run.parent / "other.pt")))
+    said = refused(run, data, checkpoint=run.parent / "other.pt")
     assert "the network decides otherwise than in the evaluation" in said
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (("--model-id", "Carmon2019Unlabeled"), "`--model-id`: RobustBench has a model Carmon2019Unlabeled"),
-        (("--title", "…"), "`--title` '…' is a placeholder"),
-        (("--link", "https://…"), "`--link` 'https://…' is a placeholder"),
+        ({"model_id": "Carmon2019Unlabeled"}, "`--model-id`: RobustBench has a model Carmon2019Unlabeled"),
+        ({"title": "…"}, "`--title` '…' is a placeholder"),
+        ({"link": "https://…"}, "`--link` 'https://…' is a placeholder"),
     ],
 )
-def test_placeholders_and_models_that_are_there_already(script, run, capsys, change, said):
-    assert said in refused(script, capsys, *arguments(run, *change))
+def test_placeholders_and_models_that_are_there_already(run, data, change, said):
+    assert said in refused(run, data, **change)
 
 
-def test_bad_identifier(script, run, capsys):
-    said = refused(script, capsys, *arguments(run, "--model-id", "2026 Title"))
-    assert "`model_id` must be letters, digits" in said
+def test_bad_identifier(run, data):
+    assert "`model_id` must be letters, digits" in refused(run, data, model_id="2026 Title")
+
+
+def test_the_command_reports_in_one_line(run, data):
+    """And loads the data by their name."""
+    arguments = [
+        str(run),
+        "--output",
+        str(run.parent / "out"),
+        "--model-id",
+        ID,
+        "--title",
+        "A Title",
+        "--authors",
+        "A",
+    ]
+    arguments += ["--link", "https://example.org", "--architecture", "ConvNet", "--data-dir", str(run.parent / "none")]
+    change(run, data={"name": "digits"})
+    with pytest.raises(SystemExit, match="^art-clat submit: `dataset`: RobustBench's load_model knows cifar10"):
+        main(["submit", *arguments])
+    assert not (run.parent / "out").exists()

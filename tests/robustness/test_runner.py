@@ -16,6 +16,7 @@ from evaluation_run import SETTINGS, evaluate, held_out, outcome, trained
 from launching import launch
 
 from art_clat import evaluate_robustness
+from art_clat.robustness.autoattack import Ensemble
 from art_clat.utils.files import read, write
 
 SCRIPT = Path(evaluation_run.__file__)
@@ -50,10 +51,14 @@ def test_there_is_something_to_lose(unbroken):
 
 
 def test_a_folder_changes_nothing_and_is_read_again(unbroken, tmp_path, monkeypatch):
+    times = []
     for _ in range(2):
         assert_same(outcome(evaluate("standard", checkpoint=tmp_path / "run")), unbroken["standard"])
+        batches = [path for path in (tmp_path / "run").iterdir() if not path.name.startswith("evaluation")]
+        times.append({path.name: path.stat().st_mtime_ns for path in batches})
         # the second time nothing is attacked any more
-        monkeypatch.setattr("art_clat.robustness.runner.reseed", lambda *args: pytest.fail("a batch ran again"))
+        monkeypatch.setattr(Ensemble, "attack", lambda *args: lambda *batch: pytest.fail("a batch ran again"))
+    assert times[0] == times[1] and any(name.startswith("pgd") for name in times[0])
 
 
 def _evaluate(kind, folder, begun):
@@ -158,7 +163,7 @@ class TestRefused:
         forward = model.forward
         model.forward = lambda x: forward(x * 0.9)
         before = {path.name: path.read_bytes() for path in run.iterdir()}
-        with pytest.raises(ValueError, match="gave other outputs for the same inputs"):
+        with pytest.raises(ValueError, match="returned other outputs for the same inputs"):
             evaluate_robustness(model, *held_out(), **{**SETTINGS, "autoattack_version": None, "checkpoint": run})
         assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 

@@ -1,0 +1,12 @@
+"""``python evaluation/paper_tables``, or ``python -m paper_tables`` with ``evaluation`` on the path."""
+
+import os.path
+import sys
+
+if not __package__:  # Run as a folder: the package's parent belongs on the path, its modules do not.
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+from paper_tables.command_line import main
+
+if __name__ == "__main__":
+    main()
