@@ -5,8 +5,8 @@ CLAT on CIFAR-10 with a ResNet-18: PGD-AT first, then CLAT on the critical layer
     python examples/cifar10_resnet18.py --subset 500 --epochs 4 --warmup 2   # minutes on a CPU
 
 The data are torchvision's, downloaded to ``--data`` unless they are there. Threat model and attack are the paper's:
-ℓ∞, ε = 8/255, PGD-10 with steps of 2/255; training images are cropped and flipped at random, as usual. The run saves
-itself under ``--output``: killed, the same command continues it.
+ℓ∞, ε = 8/255, PGD-10 with steps of 2/255. Training images are cropped and flipped at random. The run saves itself under
+``--output``. Killed, the same command continues it.
 """
 
 import argparse
@@ -38,7 +38,7 @@ EPS = 8 / 255
 
 
 def load_cifar10(folder, *, train):
-    """Give CIFAR-10 as ART takes it: images in [0, 1], channels first."""
+    """Return CIFAR-10 as ART takes it: images in [0, 1], channels first."""
     dataset = CIFAR10(folder, train=train, download=True)
     return dataset.data.transpose(0, 3, 1, 2).astype(np.float32) / 255, np.array(dataset.targets)
 

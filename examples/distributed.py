@@ -4,10 +4,10 @@ CLAT on several processors, resumable: handwritten digits, on one process or as 
     python examples/distributed.py
     torchrun --nproc-per-node 2 examples/distributed.py
 
-Both train the same network: a batch is shared among the processes, and what is drawn at random does not depend on their
-number. Sums are rounded differently, which the signs in PGD amplify as training goes on, as another number of threads
-does. The run saves itself under ``runs/distributed/``; killed, or out of time, the same command continues it, also on
-another number of processes. On GPUs every process needs its own, which the line with ``set_device`` gives it.
+Both train the same network. The processes share each batch, and what is drawn at random does not depend on how many
+there are. Sums are rounded differently, as with another number of threads, which the signs in PGD amplify as training
+goes on. The run saves itself under ``runs/distributed/``. Killed, the same command continues it, also on another number
+of processes. On GPUs every process needs its own: see the line with ``set_device``.
 """
 
 import argparse
@@ -19,16 +19,16 @@ import numpy as np
 import torch
 from art.attacks.evasion import ProjectedGradientDescent
 from art.estimators.classification import PyTorchClassifier
-from sklearn.datasets import load_digits
 from torch import nn
 
 from art_clat import AdversarialTrainerCLATPyTorch, create_backbone
+from art_clat.models.datasets import load_digits
 
 EPS = 0.1  # ℓ∞, for pixels in [0, 1]
 
 
 def main():
-    """Train, or go on training, and let the first process say what came out."""
+    """Train, or continue, and let the first process print what came out."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", type=Path, default=Path("runs/distributed"), help="folder the run saves itself in")
     parser.add_argument("--epochs", type=int, default=10, help="epochs; the first half is PGD-AT")
@@ -41,8 +41,7 @@ def main():
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
 
-    digits = load_digits()
-    x, y = (digits.images[:, None] / 16).astype(np.float32), digits.target
+    x, y = load_digits()
     torch.manual_seed(args.seed)
     model = create_backbone("resnet10t", num_classes=10, input_size=(1, 8, 8), channels=(16, 32, 64, 128), stem_width=8)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)

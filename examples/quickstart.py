@@ -11,12 +11,8 @@ under ``runs/quickstart/``. One seed of one small data set shows how to use the 
 
 import argparse
 import copy
-import datetime
-import importlib.metadata
 import json
 import logging
-import os
-import platform
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +20,12 @@ import torch
 from art.attacks.evasion import ProjectedGradientDescent
 from art.estimators.classification import PyTorchClassifier
 from safetensors.torch import save_file
-from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
 
 from art_clat import AdversarialTrainerCLATPyTorch, create_backbone, evaluate_robustness, write_robustbench_entry
+from art_clat.models.datasets import load_digits
+from art_clat.utils.environment import describe_environment
 from art_clat.utils.plots import save
 
 EPS = 0.1  # ℓ∞, for pixels in [0, 1]
@@ -36,8 +33,7 @@ EPS = 0.1  # ℓ∞, for pixels in [0, 1]
 
 def load_data():
     """Split scikit-learn's 1,797 digits of 8×8 pixels into training, validation and test."""
-    digits = load_digits()
-    x, y = (digits.images[:, None] / 16).astype(np.float32), digits.target
+    x, y = load_digits()
     x_train, x_rest, y_train, y_rest = train_test_split(x, y, train_size=1200, stratify=y, random_state=0)
     x_val, x_test, y_val, y_test = train_test_split(x_rest, y_rest, train_size=200, stratify=y_rest, random_state=0)
     return (x_train, y_train), (x_val, y_val), (x_test, y_test)
@@ -131,12 +127,7 @@ def main():
         "command": f"python examples/quickstart.py --epochs {args.epochs} --test-examples {args.test_examples} "
         f"--seed {args.seed}",
         "test": f"{len(rows[0][1].clean)} held-out digits, Linf, eps = {EPS}",
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
-        "versions": {
-            name: importlib.metadata.version(name)
-            for name in ("art_clat", "torch", "adversarial-robustness-toolbox", "timm", "pyautoattack", "robustbench")
-        },
+        **describe_environment(),
     }
     (args.output / "run.json").write_text(json.dumps(setting, indent=2) + "\n")
     table = "\n".join(lines)
