@@ -1,4 +1,4 @@
-"""The options of training and measurement: each is named, documented and validated here."""
+"""The options of training and measurement: each one is named, documented and validated here."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from art_clat.utils.descriptions import text_of
 #: ``"layer"``, ``"block"``, or names of modules and regular expressions.
 Granularity = str | Sequence[str]
 
-#: A rule's name, names of layers that are always chosen, or a function that scores the layers.
+#: The name of a rule, names of layers that are always chosen, or a function that scores the layers.
 RuleLike = str | Sequence[str] | Callable[[Any], Sequence[float]]
 
 
 @dataclass(frozen=True)
 class LayerOptions:
     """
-    What counts as one layer of the network, which feature is its own, and what is frozen with it.
+    What counts as one layer of the network, where its feature is taken, and what is frozen with it.
 
-    :param granularity: ``"layer"``: a weighted leaf module with the norm on its output. ``"block"``: timm's own
-           grouping of the parameters (``group_matcher``). Or a list of module names and regular expressions that match
-           whole names: each module that matches is one layer, trained with all its parameters; its feature is the
-           first tensor it returns.
+    :param granularity: ``"layer"``: each weighted module without weighted children, with the norm on its output.
+           ``"block"``: the groups that timm makes of a model's parameters (``group_matcher``). Or a list of module
+           names and regular expressions that match whole names: each module that matches is one layer, trained with all
+           its parameters, and its feature is the first tensor with a batch that it returns.
     :param predecessor: What ``F_{i−1}`` of eq. 3 is. ``"execution"``: the layer that ran before, as in the paper.
-           ``"input"``: the tensor that enters the layer; in a network that is no chain the two differ.
+           ``"input"``: the tensor that enters the layer. They differ unless the network is a chain.
     :param after_norm: Take the feature after the layer's norm, if it has one. Before a BatchNorm the distance can
-           shrink by the weights' scale alone, which changes nothing in what the network computes.
-    :param freeze_norms: Leave a chosen layer's norm as the first stage made it, weights and running statistics: it
-           cannot scale back then what the feature distance has shrunk. `None` for the preset's choice; only for
-           ``granularity="layer"``. A measurement does not use it.
-    :param head_eligible: Whether the classifier head may be chosen. The literal index nearly always chooses it, for its
-           few outputs. A measurement does not use it.
+           shrink by the scale of the weights alone, which does not change what the network computes.
+    :param freeze_norms: Keep weights and running statistics of a chosen layer's norm as the first stage left them. The
+           norm then cannot undo what the feature distance has shrunk. `None` for the preset's choice. Needs
+           ``granularity="layer"``; a measurement does not use it.
+    :param head_eligible: Whether the classifier head may be chosen. Eq. 3 nearly always chooses it, because it has few
+           outputs. A measurement does not use it.
     :raises TypeError: If `granularity` is neither a string nor a list of strings.
-    :raises ValueError: If a value is not one of those above, or two do not go together.
+    :raises ValueError: If a value is not one of the above, or two options exclude one another.
     """
 
     granularity: Granularity = "layer"
@@ -52,7 +52,7 @@ class LayerOptions:
         if isinstance(self.granularity, str):
             if self.granularity not in ("layer", "block"):
                 raise ValueError(
-                    f"{accepted}, got {self.granularity!r}; the list for one module is [{self.granularity!r}]."
+                    f"{accepted}, got {self.granularity!r}; for a single module pass [{self.granularity!r}]."
                 )
         elif not isinstance(self.granularity, Sequence) or not all(isinstance(e, str) for e in self.granularity):
             raise TypeError(f"{accepted}, got {self.granularity!r}.")
@@ -68,18 +68,18 @@ class LayerOptions:
 
     @classmethod
     def of(cls, layers: LayerOptions | Granularity) -> LayerOptions:
-        """Return the options that a user means who names only the granularity."""
+        """Return the options; shorthand is the granularity alone."""
         return layers if isinstance(layers, LayerOptions) else cls(granularity=layers)
 
 
 @dataclass(frozen=True)
 class SelectionOptions:
     """
-    Which layers are chosen, and on how many samples that is measured.
+    By which rule layers are chosen, and on how many samples they are measured.
 
     :param rule: ``"criticality"`` (the paper's), another name of :func:`art_clat.list_selection_rules`, a function of
            :class:`art_clat.Candidates` that returns one score a layer, or names of layers that are always chosen.
-    :param samples: Number of training samples that a selection measures on, at least 1; drawn once a run.
+    :param samples: Number of training samples that a selection measures, at least 1; they are drawn once a run.
     :raises TypeError: If `rule` is none of these.
     :raises ValueError: If `samples` is out of its range.
     """
@@ -91,27 +91,27 @@ class SelectionOptions:
         names = isinstance(self.rule, (list, tuple)) and self.rule and all(isinstance(n, str) for n in self.rule)
         if not (isinstance(self.rule, str) or names or callable(self.rule)):
             raise TypeError(
-                f"`selection` must be the name of a rule, a list of layers' names, or a function, got {self.rule!r}."
+                f"`selection` must be the name of a rule, a list of layer names, or a function, got {self.rule!r}."
             )
         check_whole(self.samples, 1, argument="samples")
 
     @classmethod
     def of(cls, selection: SelectionOptions | RuleLike) -> SelectionOptions:
-        """Return the options that a user means who gives only the rule."""
+        """Return the options; shorthand is the rule alone."""
         return selection if isinstance(selection, SelectionOptions) else cls(rule=selection)
 
 
 @dataclass(frozen=True)
 class Budget:
     """
-    How many layers are chosen: a share of them, a number, or as many as a share of the parameters pays for.
+    How many layers are chosen: a share of them, a number, or as many as fit into a share of the parameters.
 
-    Exactly one of the three is given.
+    Pass exactly one of the three.
 
     :param share: Share of all layers, in (0, 1], rounded; at least one layer.
     :param count: Number of layers, at least 1.
-    :param parameter_share: Share of the network's scalar parameters, in (0, 1]: layers are taken from the best
-           downwards, those passed over that would exceed it.
+    :param parameter_share: Share of the network's scalar parameters, in (0, 1]. Layers are taken from the best
+           downwards; one that would exceed the share is passed over.
     :raises ValueError: If none or several are given, or one is out of its range.
     """
 
@@ -122,7 +122,7 @@ class Budget:
     def __post_init__(self) -> None:
         given = {name: value for name, value in vars(self).items() if value is not None}
         if len(given) != 1:
-            raise ValueError(f"`Budget` takes one of share, count and parameter_share, got {given or 'none'}.")
+            raise ValueError(f"`Budget` takes exactly one of share, count and parameter_share, got {given or 'none'}.")
         for name, value in given.items():
             if name == "count":
                 check_whole(value, 1, argument=name)
@@ -131,7 +131,7 @@ class Budget:
 
     @classmethod
     def of(cls, budget: Budget | float) -> Budget:
-        """Return the budget that a user means who gives only a share of the layers."""
+        """Return the budget; shorthand is a share of the layers."""
         if isinstance(budget, Budget):
             return budget
         check_share(budget, argument="budget")
@@ -145,12 +145,12 @@ class Budget:
 @dataclass(frozen=True)
 class PerformanceOptions:
     """
-    Ways to run faster that round differently, and pay or not depending on the machine.
+    Ways to run faster. They round differently, and whether they are faster depends on the machine.
 
-    :param amp: Train in bfloat16 where autocast deems it safe. Selection and validation stay in float32.
-    :param compile: Run attacks on the whole network through ``torch.compile``. Passes that look at features or stop
+    :param amp: Train in bfloat16 where autocast allows it. Selection and validation stay in float32.
+    :param compile: Run attacks on the network's output through ``torch.compile``. Passes that look at features or stop
            early are not compiled, nor is the update of the weights.
-    :param channels_last: Store images and convolution weights with their channels last during ``fit``.
+    :param channels_last: Store images and convolution weights with channels last during ``fit``.
     """
 
     amp: bool = False
@@ -158,7 +158,8 @@ class PerformanceOptions:
     channels_last: bool = False
 
 
-#: What the paper leaves open, by preset. "default" was chosen on validation images: evaluation/results/paper_tables.
+#: Values of what the paper leaves open, by preset. "default" was chosen on validation images, see
+#: evaluation/results/paper_tables.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "default": {"objective": "adversarial", "freeze_norms": True},
     "paper": {"objective": "clean", "freeze_norms": False},
@@ -168,7 +169,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 @dataclass(frozen=True, kw_only=True)
 class TrainerOptions:
     """
-    All options of a run, complete; :class:`art_clat.AdversarialTrainerCLATPyTorch` documents them.
+    All options of a run; :class:`art_clat.AdversarialTrainerCLATPyTorch` documents them.
 
     :raises TypeError: If an option is of the wrong kind.
     :raises ValueError: If an option is out of its range.
@@ -196,18 +197,16 @@ class TrainerOptions:
         if self.ema_decay is not None and not (is_number(self.ema_decay) and 0 < self.ema_decay < 1):
             raise ValueError(f"`ema_decay` must be a number in (0, 1), or None, got {self.ema_decay!r}.")
         if self.augmentation is not None and not callable(self.augmentation):
-            raise TypeError(f"`augmentation` must be a transform of an image, got {type(self.augmentation).__name__}.")
+            raise TypeError(
+                f"`augmentation` must be a transform, a function of an image, got {type(self.augmentation).__name__}."
+            )
         if not isinstance(self.performance, PerformanceOptions):
             raise TypeError(f"`performance` must be a PerformanceOptions, got {self.performance!r}.")
         if self.seed is not None:
             check_seed(self.seed)
 
     def describe(self) -> dict[str, Any]:
-        """
-        Describe the options for a checkpoint or a record.
-
-        :return: Their names, and values that JSON can hold; functions by their ``repr`` without addresses.
-        """
+        """Return the options as JSON can hold them; a function becomes its ``repr`` without the address."""
         return {name: _plain(value) for name, value in asdict(self).items()}
 
 
@@ -231,14 +230,14 @@ class FitOptions:
     def __post_init__(self) -> None:
         for argument in ("batch_size", "nb_epochs", "checkpoint_every"):
             check_whole(getattr(self, argument), 1, argument=argument)
-            object.__setattr__(self, argument, int(getattr(self, argument)))  # NumPy's numbers too
+            object.__setattr__(self, argument, int(getattr(self, argument)))  # NumPy's numbers become Python's
         folder = self.checkpoint
         if folder is not None and (not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder)):
-            raise ValueError(f"`checkpoint` must be the path of a folder, got {folder!r}.")
+            raise ValueError(f"`checkpoint` must be the path of a folder, or None, got {folder!r}.")
 
     @classmethod
     def of(cls, kwargs: Mapping[str, Any], *accepted: str, **given: Any) -> FitOptions:
-        """Return the options of a call whose ``**kwargs`` may hold some of the accepted ones."""
+        """Return the options of a call; its ``**kwargs`` may hold the `accepted` ones."""
         if unknown := sorted(set(kwargs) - set(accepted)):
             raise TypeError(
                 f"Unknown option(s) in `**kwargs`: {', '.join(unknown)}; accepted are {', '.join(accepted)}."
@@ -246,29 +245,22 @@ class FitOptions:
         return cls(**given, **kwargs)
 
     def check_data(self, nb_samples: int, *, has_validation: bool) -> None:
-        """Refuse options that the data do not allow."""
+        """Refuse options that do not fit the data."""
         if self.drop_last and nb_samples < self.batch_size:
             raise ValueError(
-                f"`drop_last` leaves no batch: `x` has {nb_samples} inputs, `batch_size` is {self.batch_size}."
+                f"`drop_last` leaves no batch: `x` has {nb_samples} inputs, `batch_size` is {self.batch_size}. Use a "
+                "smaller `batch_size`."
             )
         if self.restore_best and not has_validation:
-            raise ValueError("`restore_best` needs `validation_data` to tell which epoch is best.")
+            raise ValueError("`restore_best` needs `validation_data`, on which the best epoch is found.")
 
     def describe(self) -> dict[str, Any]:
-        """Return what the result depends on, ready for JSON."""
+        """Return the options that the result depends on, ready for JSON."""
         return {"batch_size": self.batch_size, "nb_epochs": self.nb_epochs, "drop_last": bool(self.drop_last)}
 
 
 def preset_values(preset: str, objective: str | None, layers: LayerOptions) -> tuple[str, LayerOptions]:
-    """
-    Fill in from a preset what the user leaves open.
-
-    :param preset: One of :data:`PRESETS`.
-    :param objective: What the user said, or `None`.
-    :param layers: What the user said.
-    :return: Objective and layers, complete.
-    :raises ValueError: If there is no such preset.
-    """
+    """Return objective and layer options; what the user left at `None` comes from the preset."""
     check_choice(preset, tuple(PRESETS), argument="preset")
     values = PRESETS[preset]
     if layers.freeze_norms is None:
@@ -277,7 +269,7 @@ def preset_values(preset: str, objective: str | None, layers: LayerOptions) -> t
 
 
 def _plain(value: object) -> Any:
-    """Turn an option into what JSON can hold, the same in every process."""
+    """Turn an option into something that JSON can hold and that is equal in every process."""
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):

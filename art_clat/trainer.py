@@ -50,26 +50,26 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
     | Paper link: https://arxiv.org/abs/2408.10204
 
     1. For `warmup` epochs the whole network is trained adversarially on the attack's examples.
-    2. Every `reselect_every` epochs after that, the criticality index of every layer is measured (eq. 2 and 3), the
-       layers with the largest are chosen, and everything else is frozen: parameters, BatchNorm statistics, dropout.
-    3. Each batch then moves the chosen layers only, by the cross-entropy plus `criticality_weight` times the distance
-       of their features under attack (eq. 5 and 6).
+    2. Every `reselect_every` epochs after that, the criticality index of every layer is measured (eq. 2 and 3) and the
+       layers with the largest are chosen. Everything else is frozen: parameters, BatchNorm statistics, dropout.
+    3. Each batch then moves the chosen layers only. Their loss is the cross-entropy plus `criticality_weight` times the
+       distance of their features under attack (eq. 5 and 6).
 
-    Nothing is added to the network. After ``fit``, also one that raised, its ``requires_grad`` flags, training modes
-    and hooks and the global random generators are as they were before, but for the one number that is drawn from
-    NumPy's if `seed` is `None`. Gradients are dropped, and so is the optimiser's state of a layer when it is frozen.
-    The first stage applies ART's preprocessing of training, the second that of prediction: an augmentation that differs
-    between the clean and the perturbed pass would be measured as a feature distance.
+    Nothing is added to the network. After ``fit``, even if it raised, ``requires_grad`` flags, training modes, hooks
+    and the global random generators are as before, except that NumPy's has drawn one number if `seed` is `None`.
+    Gradients are dropped, and so is the optimiser's state of a layer when it is frozen. The first stage applies ART's
+    preprocessing of training, the second that of prediction: an augmentation that differs between the clean and the
+    perturbed pass would be measured as a feature distance.
 
-    Launched with ``torchrun``, or within a process group of torch's, the same script trains on several processors. Each
-    process takes its share of every batch, so `batch_size` is that of all together, and losses, BatchNorm statistics,
-    criticality and accuracies are those of the whole batch or data set.
+    Launched with ``torchrun``, or within a torch process group, the same script trains on several processors. Each
+    process takes its share of every batch, so `batch_size` counts the samples of all. Losses, BatchNorm statistics,
+    criticality and accuracies are computed over the whole batch or data set.
 
     | Please keep in mind the limitations of defences: very careful evaluations are required to assess the effectiveness
         of adversarial training case by case (see https://arxiv.org/abs/1902.06705).
     """
 
-    #: The class that trains. A subclass of it may change any step of the procedure.
+    #: The class that trains. Set it to a subclass to change a step of the procedure.
     loop_class: type[TrainingLoop] = TrainingLoop
 
     def __init__(
@@ -96,52 +96,52 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         Create an :class:`.AdversarialTrainerCLATPyTorch` instance.
 
         :param classifier: Model to train, with an optimiser that holds its parameters.
-        :param attacks: Untargeted attack(s) on `classifier`; several are rotated over the batches, and the first one
-               measures criticality and robust validation accuracy. Those of the PGD family run in torch on the
-               classifier's device, others through their own ``generate``.
-        :param ratio: The proportion of samples in each batch to be perturbed, in (0, 1].
-        :param warmup: The number of epochs, at the beginning of ``fit``, of plain adversarial training of the whole
-               network. At 0 the network is expected to be adversarially trained already.
+        :param attacks: Untargeted attack(s) on `classifier`. Several take turns over the batches; the first one
+               measures criticality and robust validation accuracy. The PGD family runs in torch on the classifier's
+               device, other attacks through their ``generate``.
+        :param ratio: The share of each batch to perturb, in (0, 1].
+        :param warmup: Number of epochs of adversarial training of the whole network at the beginning of ``fit``. At 0
+               the network should already be adversarially trained.
         :param first_stage: What the warm-up minimises: ``"pgd_at"``, ``"trades"`` or ``"mart"``.
         :param objective: What the second stage minimises over the chosen layers: a name of
                :func:`art_clat.list_objectives`, described in :mod:`art_clat.training.objectives`, or `None` for the
                preset's. ``"adversarial"``: cross-entropy on the attack's examples, and the feature distance at the same
                perturbations. ``"clean"``: eq. 5 and 6 to the letter.
         :param criticality_weight: λ of eq. 6, at least 0: the weight of the batch mean of the chosen layers' summed
-               feature distance, or of a rival objective's second term; `None` for the objective's default. The paper
+               feature distance, or of a rival objective's second term. `None` for the objective's default; the paper
                does not report it. The distance grows with a feature's size, so a value does not transfer to another
                network.
         :param selection: The rule that scores the layers: ``"criticality"`` (the paper's), one of its rivals
                (:func:`art_clat.list_selection_rules`), a function of :class:`art_clat.Candidates`, or names of layers
-               that are always chosen. :class:`art_clat.SelectionOptions` also says how many samples it measures.
+               that are always chosen. :class:`art_clat.SelectionOptions` also sets the number of samples to measure.
         :param budget: Share of the layers that are chosen, in (0, 1]; or a :class:`art_clat.Budget`: a number of
                layers, or a share of the parameters.
         :param reselect_every: Number of epochs, at least 1, after which the layers are chosen again.
         :param layers: What counts as one layer: ``"layer"``, ``"block"``, a list of module names and regular
                expressions, or :class:`art_clat.LayerOptions`.
-        :param augmentation: Transform of a training image of shape (channels, height, width), on the network's device,
-               such as one of torchvision's ``transforms.v2``; applied to every image of a batch by itself, before the
-               attack. It must keep within ``clip_values``. Criticality is measured on images as they are.
-        :param ema_decay: Average the weights over the steps of training with this decay, in (0, 1), e.g. 0.99; the
-               average is validated, and is what the network ends with. The average of a frozen layer keeps moving until
-               it equals the layer's weights. `None` for no average.
+        :param augmentation: Transform of one training image, shape (channels, height, width), on the network's device,
+               such as one of torchvision's ``transforms.v2``. It is applied to every image separately, before the
+               attack, and must keep within ``clip_values``. Criticality is measured on images without it.
+        :param ema_decay: Average the weights over the steps of training with this decay, in (0, 1), e.g. 0.99. The
+               average is validated, and the network ends with it. The average of a frozen layer keeps moving until it
+               equals the layer's weights. `None` for no average.
         :param performance: Mixed precision, compilation and memory format, :class:`art_clat.PerformanceOptions`.
-        :param preset: Where `objective` and ``layers.freeze_norms`` come from if `None`. ``"default"``:
-               ``"adversarial"`` and frozen norms, which helped on validation images. ``"paper"``: ``"clean"``, norms
-               of chosen layers trained.
+        :param preset: Sets `objective` and ``layers.freeze_norms`` if they are `None`. ``"default"``: ``"adversarial"``
+               and frozen norms, which helped on validation images. ``"paper"``: ``"clean"``, norms of chosen layers
+               trained.
         :param seed: Seed of the data order, the attacks and dropout, 0 … 2**32 − 1. `None` draws one from NumPy's
                global generator, so that ``np.random.seed`` makes a run repeatable, as with ART's trainers.
-        :raises TypeError: If `classifier` is not a ``PyTorchClassifier``, `attacks` no evasion attack(s), or an option
-                of the wrong kind.
-        :raises ValueError: If an option is out of its range, the classifier has no optimiser or no weighted layer, an
-                attack is targeted, bound to another classifier, or not usable with an objective that has an inner
-                attack of its own, or `layers` do not fit the network.
+        :raises TypeError: If `classifier` is not a ``PyTorchClassifier``, `attacks` are not evasion attacks, or an
+                option is of the wrong kind.
+        :raises ValueError: If an option is out of its range; the classifier has no optimiser or no weighted layer; an
+                attack is targeted, bound to another classifier, or cannot climb the objective's inner loss; or `layers`
+                do not fit the network.
         """
         check_classifier(classifier, needs_optimizer=True)
         attack_list = check_attacks(attacks, classifier)
         objective, layer_options = preset_values(preset, objective, LayerOptions.of(layers))
         weight = find_objective(objective).default_weight if criticality_weight is None else criticality_weight
-        #: Everything that the run depends on besides classifier, attacks and data, complete.
+        #: All options, with the values that were left at `None` filled in.
         self.options = TrainerOptions(
             ratio=ratio,
             warmup=warmup,
@@ -188,23 +188,24 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         """
         Train a model adversarially with CLAT. See class documentation for more information on the exact procedure.
 
-        Every call counts its epochs from 0, warm-up included, and begins a new :attr:`history`, unless it continues a
-        run from its `checkpoint`.
+        Every call counts its epochs from 0, warm-up included, and begins a new :attr:`history`, unless it resumes a run
+        from its `checkpoint`.
 
         :param x: Training set, shape (n, *input_shape), floating point, within the classifier's ``clip_values``; it is
                not modified.
         :param y: Index labels, shape (n,), or one-hot labels, shape (n, nb_classes).
-        :param validation_data: Tuple (x_val, y_val); clean accuracy and robust accuracy under the first attack are
+        :param validation_data: Tuple (x_val, y_val). Clean accuracy, and robust accuracy under the first attack, are
                recorded after every epoch. They do not influence the training.
         :param batch_size: Size of batches, over all processes.
         :param nb_epochs: Number of epochs, those of the warm-up included.
         :param scheduler: Learning rate scheduler of the classifier's optimiser, stepped at the end of every epoch.
-        :param checkpoint: Folder that the run saves itself in. If it holds a run of the same arguments, model and data,
-               that run is continued; on one processor it ends with the weights it would have had without the break.
-               Resuming cannot detect a changed function: after a change of a ``LambdaLR`` or the augmentation, use a
-               new folder. Several processes must see the same folder.
-        :param checkpoint_every: Save after so many batches within an epoch, at least 1, besides after every epoch.
-        :param restore_best: End on the weights of the epoch with the highest robust accuracy on `validation_data`,
+        :param checkpoint: Folder to save the run in. If it holds a run with the same arguments, model and data, that
+               run is resumed; on one processor it ends with the weights it would have had without the break. Resuming
+               cannot detect a changed function: after a change of a ``LambdaLR`` or the augmentation, use a new folder.
+               Several processes must see the same folder.
+        :param checkpoint_every: Number of batches within an epoch after which to save, at least 1. The run is also
+               saved after every epoch.
+        :param restore_best: End with the weights of the epoch with the highest robust accuracy on `validation_data`
                instead of the last. With `checkpoint` they are kept as ``best.safetensors`` in any case.
         :param kwargs: ``verbose``: show a progress bar (default `True`); ``drop_last``: leave out the last batch of an
                epoch if it is smaller than the others (default `False`).
@@ -213,9 +214,9 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         :raises ValueError: If the data are unusable, the optimiser does not hold a layer that may be chosen, the
                 network is compiled or recomputes activations, or `checkpoint` holds another run or a damaged file.
         :raises OSError: If `checkpoint` cannot be written to.
-        :raises FloatingPointError: If the loss or its gradient is not finite; the last weights seen finite stay in
-                place. They are looked at after every batch, on a GPU after every fiftieth.
-        :raises ConnectionError: If another process of several is lost.
+        :raises FloatingPointError: If the loss or its gradient is not finite; the last finite weights are restored.
+                This is checked after every batch, on a GPU after every fiftieth.
+        :raises ConnectionError: If one of several processes is lost.
         """
         fit = FitOptions.of(
             kwargs,
@@ -259,8 +260,8 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         """
         Train a model adversarially with CLAT using a data generator. See class documentation for more information.
 
-        It has no checkpoint and runs in one process: neither the order of a generator's data nor a share of them can be
-        told.
+        There is no checkpoint, because the order of a generator's data is unknown, and only one process, because its
+        data cannot be shared out.
 
         :param generator: Data generator; an epoch is ``ceil(generator.size / generator.batch_size)`` batches.
         :param nb_epochs: Number of epochs, those of the warm-up included.
@@ -268,8 +269,8 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         :param validation_data: As in :meth:`fit`.
         :param kwargs: ``verbose``, as in :meth:`fit`.
         :raises TypeError: If `generator` is no ART data generator; otherwise as in :meth:`fit`.
-        :raises ValueError: If the generator's size is unknown; otherwise as in :meth:`fit`, also in the midst of an
-                epoch if a later batch is unusable.
+        :raises ValueError: If the generator's size is unknown; otherwise as in :meth:`fit`, even within an epoch if a
+                later batch is unusable.
         :raises FloatingPointError: As in :meth:`fit`.
         """
         fit = FitOptions.of(kwargs, "verbose", batch_size=1, nb_epochs=nb_epochs)
@@ -278,8 +279,8 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         ranks = Ranks.join(torch.device(estimator.device))
         if ranks.size > 1:
             raise ValueError(
-                f"`fit_generator` trains in one process, of which there are {ranks.size}: a generator has no share for "
-                "each. Use `fit`."
+                f"`fit_generator` trains in one process, but there are {ranks.size}, and a generator's data cannot be "
+                "shared out. Use `fit`."
             )
         batches = GeneratorBatches(generator, estimator)
         keeper = Keeper(estimator.model, average=Average.of(estimator.model, self.options.ema_decay))
@@ -287,7 +288,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         self._run(fit=fit, batches=batches, validation=validation, scheduler=scheduler, keeper=keeper, ranks=ranks)
 
     def _run(self, **parts: Any) -> None:
-        """Run the training loop, and keep its record however it ends."""
+        """Run the training loop; its record is kept even if it raises."""
         loop = self.loop_class(estimator=self._classifier, attacks=self.attacks, options=self.options, **parts)
         loop.prepare()
         self.history = loop.history

@@ -1,4 +1,4 @@
-"""Small networks whose features can be written down by hand, and what most tests need around them."""
+"""Small networks whose features can be computed by hand, and other things that most tests need."""
 
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ class Chain(nn.Module):
         return self.head(x)
 
     def features(self, x):
-        """The same, step by step, without hooks and without in-place operations."""
+        """Compute all features step by step, without hooks and in-place operations."""
         first = nn.functional.conv2d(x, self.first.weight, self.first.bias, padding=1)
         second = nn.functional.conv2d(first.relu(), self.second.weight, self.second.bias, stride=2, padding=1)
         hidden = nn.functional.gelu(second).flatten(1) @ self.hidden.weight.T + self.hidden.bias
@@ -40,7 +40,7 @@ class Chain(nn.Module):
 
 
 class Normed(nn.Module):
-    """Convolutions with BatchNorm, dropout and a residual connection; running statistics to be kept frozen."""
+    """Convolutions with BatchNorm, dropout and a residual connection."""
 
     def __init__(self):
         super().__init__()
@@ -74,8 +74,8 @@ class Recurrent(nn.Module):
         return self.head(self.recurrent(rows)[0][:, -1])
 
 
-class OwnBatchNorm(nn.Module):
-    """Another library's: none of torch's classes, but its statistics, and a count."""
+class ForeignBatchNorm(nn.Module):
+    """A BatchNorm of another library: not torch's class, but with the same statistics, and a counter."""
 
     def __init__(self, width):
         super().__init__()
@@ -92,7 +92,7 @@ class OwnBatchNorm(nn.Module):
 
 
 class Code:
-    """What a pickle with code in it does when it is opened."""
+    """An object whose pickle runs code when it is loaded."""
 
     def __reduce__(self):
         return Path.touch, (Path(self.path),)
@@ -111,9 +111,9 @@ def make_attack(classifier, **kwargs):
 
 def observe(trainer, **methods):
     """
-    Have a trainer train with a loop some of whose steps are changed.
+    Replace methods of a trainer's loop.
 
-    By the name of the step a function of the loop, the step as it would be, and the step's arguments.
+    Each replacement is called with the loop, the original method, and the method's arguments.
     """
 
     def changed(name, function):
@@ -127,7 +127,7 @@ def observe(trainer, **methods):
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request):
-    """Where a test computes: here, and on a GPU if there is one."""
+    """The device of a test: the CPU, and a GPU if there is one."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU that torch can use")
     return request.param
@@ -140,7 +140,7 @@ def _seeded():
 
 
 def make_data(n=48):
-    """Inputs whose class shows in them, so that training can succeed."""
+    """Make inputs that show their class, so that training can succeed."""
     rng = np.random.default_rng(0)
     y = rng.integers(0, NB_CLASSES, n)
     x = rng.uniform(0, 0.5, (n, *INPUT_SHAPE)).astype(np.float32)

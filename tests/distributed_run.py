@@ -1,4 +1,4 @@
-"""What the processes of test_distributed.py run; it writes what came out as JSON."""
+"""The program that test_distributed.py runs in every process; it writes its results as JSON."""
 
 import datetime
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from art.data_generators import NumpyDataGenerator
-from conftest import NB_CLASSES, Chain, Normed, OwnBatchNorm, make_attack, make_classifier, make_data, observe
+from conftest import NB_CLASSES, Chain, ForeignBatchNorm, Normed, make_attack, make_classifier, make_data, observe
 from torch import nn
 from torchvision.transforms import v2
 
@@ -29,17 +29,17 @@ CONFIGURATIONS = {
         {},
     ),
     "a share of odd batches, several layers": ({"ratio": 0.6, "budget": 0.5}, {"batch_size": 15}),
-    # Not TRADES: its attack begins where the gradient is next to nothing, and PGD takes the sign of the rounding.
+    # Not TRADES: its attack begins where the gradient is near zero, so rounding decides the sign.
     "rivals": (
         {"first_stage": "mart", "objective": "mart", "selection": "module_robustness_highest", "ema_decay": 0.8},
         {},
     ),
-    "two attacks, one through NumPy": ({"numpy": True, "norm": OwnBatchNorm}, {"drop_last": True}),
+    "two attacks, one through NumPy": ({"numpy": True, "norm": ForeignBatchNorm}, {"drop_last": True}),
 }
 
 
 def make_trainer(*, numpy=False, dropout=0.0, norm=None, **kwargs):
-    torch.manual_seed(int(os.environ.get("RANK", 0)))  # each process its own weights: the first one's count
+    torch.manual_seed(int(os.environ.get("RANK", 0)))  # other weights in every process; the first one's are used
     model = Normed()
     model.dropout.p = dropout
     model.bn2.momentum = 0.3
@@ -70,7 +70,7 @@ def outcome(trainer):
 
 
 def compare():
-    """Run every configuration, or those that the environment names, and give the outcomes."""
+    """Run every configuration, or those that the environment names, and return the results."""
     results = {}
     names = os.environ.get("CONFIGURATIONS", "").split(";")
     for name, (arguments, fit_arguments) in CONFIGURATIONS.items():
@@ -83,10 +83,10 @@ def compare():
 
 
 def refuse(output):
-    """Try what several processes cannot do."""
+    """Try what several processes must refuse; return the messages."""
     rank = int(os.environ["RANK"])
     folder = f"{output}-folder-{rank}"
-    if rank == 0:  # a run that the other process does not see
+    if rank == 0:  # a folder that the other process does not see
         fit(lone_trainer(), checkpoint=f"{folder}/y", nb_epochs=2)
     x, y = make_data(50)
     trainer = make_trainer()
@@ -118,7 +118,7 @@ def refuse(output):
 
 
 def lone_trainer():
-    """A trainer whose `fit` takes this process for the only one."""
+    """Return a trainer whose `fit` runs in this process alone."""
     trainer, fit_together = make_trainer(seed=None), AdversarialTrainerCLATPyTorch.fit
 
     def fit_alone(*args, **kwargs):
@@ -189,7 +189,7 @@ def hooks_left(output):
 
 
 def threads_left():
-    """The process group's threads once the program ends, with the trainer still there."""
+    """Count gloo's threads after the process group was left, while the trainer still exists."""
     _leave()
     names = [task.joinpath("comm").read_text() for task in Path("/proc/self/task").glob("*")]
     return sum("gloo" in name for name in names)

@@ -1,4 +1,4 @@
-"""Options: shorthand, presets, and what a checkpoint and a history say of them."""
+"""Options: shorthand, presets, and their description in checkpoints and histories."""
 
 import json
 from dataclasses import fields
@@ -41,11 +41,11 @@ def make_trainer(chain, **options):
         ({"preset": "paper"}, {"objective": "clean", "layers": LayerOptions(freeze_norms=False)}),
     ],
 )
-def test_shorthand_is_the_same(chain, short, whole):
+def test_shorthand_equals_the_full_options(chain, short, whole):
     assert make_trainer(chain, **short).options == make_trainer(chain, **whole).options
 
 
-def test_an_objective_brings_its_weight(chain):
+def test_an_objective_has_a_default_weight(chain):
     weights = {name: make_trainer(chain, objective=name).options.criticality_weight for name in list_objectives()}
     assert weights == {
         "adversarial": 0.02, "clean": 0.05, "clean_single_step": 0.05, "relative": 1.0, "pgd_at": 0.0, "trades": 6.0,
@@ -73,11 +73,11 @@ def test_every_option_is_described_for_json(chain):
         (lambda: SelectionOptions([]), TypeError, "`selection` must be the name of a rule"),
         (lambda: LayerOptions(predecessor="last"), ValueError, "`predecessor` must be one of 'execution', 'input'"),
         (lambda: LayerOptions("block", freeze_norms=True), ValueError, "`freeze_norms` needs `granularity='layer'`"),
-        (lambda: Budget(), ValueError, "takes one of share, count and parameter_share, got none"),
+        (lambda: Budget(), ValueError, "takes exactly one of share, count and parameter_share, got none"),
         (lambda: Budget(share=0.1, count=1), ValueError, "got {'share': 0.1, 'count': 1}"),
     ],
 )
-def test_groups_refuse_bad_values_by_name(make, error, match):
+def test_options_name_the_argument_with_a_bad_value(make, error, match):
     with pytest.raises(error, match=match):
         make()
 
@@ -92,16 +92,16 @@ def test_groups_refuse_bad_values_by_name(make, error, match):
         ({"selection": "worst"}, ValueError, "`selection` must be one of 'criticality', .*, got 'worst'"),
     ],
 )
-def test_the_trainer_refuses_bad_values_by_name(chain, options, error, match):
+def test_the_trainer_names_the_argument_with_a_bad_value(chain, options, error, match):
     with pytest.raises(error, match=match):
         make_trainer(chain, **options)
 
 
-def test_lists():
+def test_lists_of_names():
     assert list_objectives()[0] == "adversarial" and list_selection_rules()[0] == "criticality"
     assert list_objectives(first_stage=True) == ["pgd_at", "trades", "mart"]
 
 
-def test_the_trainer_says_what_it_does(chain):
+def test_repr_of_the_trainer(chain):
     text = repr(make_trainer(chain, warmup=3, selection="random", budget=Budget(count=2)))
     assert "warmup=3" in text and "selection='random'" in text and "count=2" in text and len(text) < 200

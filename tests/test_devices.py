@@ -1,4 +1,4 @@
-"""What must hold on a GPU as it does on the CPU; each test runs on both, on the GPU if there is one."""
+"""What must hold on the CPU and on a GPU; each test runs on both, if there is a GPU."""
 
 import copy
 import json
@@ -49,7 +49,7 @@ def state_of(model):
 def test_freezing(device, normed, data, objective, amp):
     """Not one bit moves outside the chosen layer and its norm: weights, statistics, counters."""
     classifier = classifier_on(device, normed)
-    classifier.fit(*data, nb_epochs=1, batch_size=16)  # momentum that would move what is frozen
+    classifier.fit(*data, nb_epochs=1, batch_size=16)  # leaves momentum that would move frozen parameters
     options = {"objective": objective, "selection": ["conv2"], "performance": PerformanceOptions(amp=amp)}
     before = state_of(normed)
     make_trainer(classifier, warmup=0, **options).fit(*data, batch_size=16, nb_epochs=3, **QUIET)
@@ -65,7 +65,7 @@ class Interrupted(Exception):
 
 @pytest.mark.parametrize("at", [4, 10])
 def test_resume_after_an_interruption(device, data, tmp_path, at):
-    """The weights are those of a run without one: in the midst of the first stage, and of the second."""
+    """The weights equal those of a run without interruption, in the first stage and in the second."""
     ends = []
     for interrupted in (False, True):
         for attempt in range(1 + interrupted):
@@ -94,7 +94,7 @@ def test_resume_after_an_interruption(device, data, tmp_path, at):
 @pytest.mark.parametrize("mode", ["amp", "tf32", "channels_last", "all"])
 @pytest.mark.parametrize("objective", ["adversarial", "clean"])
 def test_precision_modes(device, data, mode, objective):
-    """Each trains as float32 does, but for its rounding."""
+    """Each mode trains as float32 does, except for rounding."""
     torch.manual_seed(1)
     models = [Normed()]
     models.append(copy.deepcopy(models[0]))
@@ -122,7 +122,7 @@ def test_precision_modes(device, data, mode, objective):
 @pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
 class TestRecurrentLayers:
     def test_input_gradients_in_evaluation_mode(self, device, data, layer):
-        """They are the CPU's, and the classifier is in training mode before and after."""
+        """They equal those of the CPU. The classifier is in training mode before and after."""
         torch.manual_seed(0)
         model = Recurrent(layer).train()
         x, y = map(torch.tensor, data)
@@ -163,12 +163,12 @@ def test_attack_is_the_cpus(device, data):
         classifier = classifier_on(place, network)
         attack = TensorAttack(make_attack(classifier), TensorClassifier(classifier))
         found.append(attack(Batch.whole(x.to(place), y.to(place))).cpu())
-    # The sign of a gradient that is all but zero is the rounding's.
+    # Rounding decides the sign of a gradient near zero.
     assert ((found[0] - found[1]).abs() < 1e-5).float().mean() > 0.99
 
 
 def test_two_processes_on_one_device(device, tmp_path):
-    """They make what one does, through gloo, which takes a GPU's tensors too."""
+    """They compute the same as one process, through gloo, which accepts a GPU's tensors too."""
     done = launch(2, Path(devices_run.__file__), device, tmp_path / "run")
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"run-{rank}.json").read_text()) for rank in range(2))

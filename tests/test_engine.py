@@ -1,4 +1,4 @@
-"""What the engine saves, and that it saves it without changing results."""
+"""What makes training fast, and that it does not change results."""
 
 import copy
 import random
@@ -45,7 +45,7 @@ def make_trainer(classifier, **kwargs):
 
 @pytest.fixture(scope="module")
 def resnet():
-    """A real network, some steps trained, so that no statistic or weight is what it was initialised with."""
+    """A real network after some steps of training, so that no weight or statistic has its initial value."""
     torch.manual_seed(0)
     model = create_backbone("resnet10t", num_classes=10, input_size=(3, 32, 32), channels=(8, 16, 32, 64), stem_width=8)
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
@@ -59,7 +59,7 @@ def resnet():
 
 
 class TestSameResults:
-    def test_adversarial_examples_of_a_real_network_are_arts_to_the_bit(self, resnet):
+    def test_adversarial_examples_of_a_real_network_equal_arts_bit_for_bit(self, resnet):
         classifier, x, y = resnet
         attack = ProjectedGradientDescent(
             classifier, eps=8 / 255, eps_step=2 / 255, max_iter=10, num_random_init=0, batch_size=32, verbose=False
@@ -68,7 +68,7 @@ class TestSameResults:
         np.testing.assert_array_equal(ours, attack.generate(x, y))
 
     @pytest.mark.parametrize("which", range(0, 12, 3))
-    def test_early_stop_gives_the_features_and_gradients_of_the_full_pass_bit_for_bit(self, resnet, which):
+    def test_stopping_early_changes_no_bit_of_features_and_gradients(self, resnet, which):
         classifier, x, _ = resnet
         network = TensorClassifier(classifier)
         classifier.model.eval()
@@ -82,7 +82,7 @@ class TestSameResults:
                 network.logits(clean)
             with objective.features.compare(stop=stop):
                 network.logits(torch.zeros_like(clean))
-            kept = objective.features.total_distance().detach()  # tells the kept features apart
+            kept = objective.features.total_distance().detach()  # depends on the kept features
             with objective.features.compare(stop=stop):
                 network.logits(inputs)
             distance = objective.features.total_distance()
@@ -100,8 +100,8 @@ class TestSameResults:
         assert torch.equal(torch.cat([chunk.y for chunk in chunks]), batch.y)
         assert torch.equal(torch.cat([torch.arange(70)[chunk.part.mine] for chunk in chunks]), batch.y)
 
-    def test_chunks_change_nothing(self, chain, data, monkeypatch):
-        """Not with a random start either, nor when restarts are kept sample by sample."""
+    def test_chunks_do_not_change_adversarial_examples(self, chain, data, monkeypatch):
+        """Neither with a random start nor with restarts."""
         classifier = make_classifier(chain)
         attack = make_attack(classifier, num_random_init=3, eps=0.3)
         ours = TensorAttack(attack, TensorClassifier(classifier))
@@ -183,7 +183,7 @@ class TestWhatIsSaved:
         assert seen["first"] == seen["second"] == [False, False]
         assert seen["hidden"] == [True, True] and seen["head"] == [True]
 
-    def test_kept_features_are_forgotten_before_the_backward_pass(self, chain, data):
+    def test_kept_features_are_dropped_before_the_backward_pass(self, chain, data):
         network = TensorClassifier(make_classifier(chain))
         x, y = map(torch.tensor, data)
         for cls in (AdversarialCLAT, CleanCLAT):
@@ -201,7 +201,7 @@ class TestWhatIsSaved:
 
 
 class TestAugmentation:
-    def test_is_different_for_every_image_and_every_epoch(self, chain, data):
+    def test_differs_between_images_and_epochs(self, chain, data):
         seen = []
 
         class Recording(v2.RandomHorizontalFlip):
@@ -276,7 +276,7 @@ class TestOptions:
         assert all(formats[4:])  # after the layers were found
         assert all(p.is_contiguous() for p in models[1].parameters())
 
-    def test_channels_last_is_how_the_momentum_is_stored_too(self, normed, data):
+    def test_channels_last_applies_to_the_momentum_too(self, normed, data):
         classifier = make_classifier(normed)
         network, state = TensorClassifier(classifier), classifier.optimizer.state
         network.loss(*map(torch.tensor, data))[0].backward()
@@ -287,12 +287,12 @@ class TestOptions:
         momentum = state[normed.conv2.weight]["momentum_buffer"]
         assert momentum.is_contiguous() and torch.equal(momentum, before)
 
-    def test_channels_last_of_a_users_own_is_kept(self, normed, data):
+    def test_channels_last_set_by_the_user_is_kept(self, normed, data):
         normed.to(memory_format=torch.channels_last)
         weights_after(data, normed, performance=PerformanceOptions(channels_last=True))
         assert normed.conv2.weight.is_contiguous(memory_format=torch.channels_last)
 
-    def test_channels_last_is_taken_back_after_an_exception(self, normed, data):
+    def test_channels_last_is_undone_after_an_exception(self, normed, data):
         def stop(image):
             raise KeyboardInterrupt
 
@@ -370,7 +370,7 @@ class TestOptions:
 
 
 class TestFiniteGuard:
-    def test_looks_now_and_then_and_goes_back_to_what_it_last_saw(self):
+    def test_checks_every_few_batches_and_restores_the_last_finite_state(self):
         model = nn.Linear(2, 2)
         guard = FiniteGuard(model, every=3)
         seen = []
@@ -389,7 +389,7 @@ class TestFiniteGuard:
             guard.after_step()
         assert torch.equal(model.weight, seen[2])
 
-    def test_looks_when_told(self):
+    def test_checks_when_told(self):
         model = nn.Linear(2, 2)
         guard = FiniteGuard(model, every=100)
         guard.before_step(torch.tensor(float("nan")))
@@ -399,12 +399,12 @@ class TestFiniteGuard:
             guard.after_step(look=True)
         assert torch.isfinite(model.bias).all()
 
-    def test_no_value_is_fetched_between_two_looks(self, chain, data, monkeypatch):
-        """On a GPU every fetch waits for it. Here: no `.item()`, `.tolist()` or truth of a tensor within an epoch."""
+    def test_no_value_is_fetched_between_two_checks(self, chain, data, monkeypatch):
+        """On a GPU every fetch waits: no `.item()`, `.tolist()` or `bool` of a tensor within an epoch."""
         equal, fetched = torch.equal, []
         monkeypatch.setattr(
             torch, "equal", lambda *args: fetched.append("equal") or equal(*args)
-        )  # ART asks it of labels
+        )  # ART reads labels this way
         classifier = make_classifier(chain, preprocessing=(0.1, 0.5))
         trainer = make_trainer(classifier, warmup=1, ratio=0.5)
         fetched.clear()
@@ -425,7 +425,7 @@ class TestFiniteGuard:
             perturb=lambda loop, perturb, *args: counts.append(len(fetched)) or perturb(*args),
         )
         trainer.fit(*data, batch_size=8, nb_epochs=1, **QUIET)
-        assert len(counts) == 6 and counts[-1] == counts[0]  # what came before the epoch
+        assert len(counts) == 6 and counts[-1] == counts[0]  # nothing more than before the epoch
 
 
 class TestRandomness:
@@ -436,7 +436,7 @@ class TestRandomness:
             drawn.add((torch.rand(1).item(), np.random.rand()))
         assert len(drawn) == 6
 
-    def test_order_is_another_every_epoch_and_follows_from_the_seed(self, chain, data):
+    def test_order_differs_between_epochs_and_follows_from_the_seed(self, chain, data):
         orders = []
         for _ in range(2):
             trainer, seen = make_trainer(make_classifier(copy.deepcopy(chain))), []
@@ -448,7 +448,7 @@ class TestRandomness:
         assert torch.equal(*orders) and not torch.equal(orders[0][:48], orders[0][48:])
         assert torch.equal(orders[0][:48].sort(0).values, torch.tensor(data[0]).sort(0).values)
 
-    def test_batches_from_the_middle_are_those_of_the_epoch(self, data):
+    def test_an_epoch_can_begin_in_the_middle(self, data):
         batches = ArrayBatches(*map(torch.tensor, data), batch_size=10, drop_last=False, device=torch.device("cpu"))
         torch.manual_seed(1)
         whole = [batch.x for batch in batches.epoch(0, Ranks())]

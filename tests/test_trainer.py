@@ -43,7 +43,7 @@ def moved(model, before):
     return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
 
 
-class TestHabitsOfART:
+class TestInterfaceOfART:
     def test_is_an_adversarial_trainer(self, chain):
         classifier = make_classifier(chain)
         trainer = make_trainer(classifier)
@@ -56,7 +56,7 @@ class TestHabitsOfART:
         trainer.fit(*data, nb_epochs=1, **QUIET)
         np.testing.assert_array_equal(trainer.predict(data[0]), classifier.predict(data[0]))
 
-    def test_label_formats_are_one_and_the_same(self, data):
+    def test_label_formats_make_no_difference(self, data):
         states = []
         for labels in (data[1], data[1][:, None], np.eye(4, dtype=np.float32)[data[1]], data[1].astype(np.float32)):
             torch.manual_seed(1)
@@ -87,12 +87,12 @@ class TestHabitsOfART:
         trainer = make_trainer(make_classifier(chain), warmup=1, selection=SelectionOptions(samples=20))
         before = snapshot(chain)
         trainer.fit_generator(generator, nb_epochs=3, validation_data=data, **QUIET)
-        assert len(batches) == 3 * 3  # what criticality was measured on is trained on too
+        assert len(batches) == 3 * 3  # the samples that were measured are trained on too
         assert [record.stage for record in trainer.history.epochs] == ["adversarial training", "clat", "clat"]
         assert trainer.history.selections[0].measured.nb_samples == 32
         assert moved(chain, before)
 
-    def test_a_last_batch_of_a_generator_that_is_smaller_is_trained_on_too(self, chain, data):
+    def test_a_smaller_last_batch_of_a_generator_is_trained_on(self, chain, data):
         trainer, sizes = make_trainer(make_classifier(chain)), []
         observe(trainer, step=lambda loop, step, batch, *args: sizes.append(len(batch)) or step(batch, *args))
         dataset = torch.utils.data.TensorDataset(torch.tensor(data[0][:35]), torch.tensor(data[1][:35]))
@@ -100,13 +100,13 @@ class TestHabitsOfART:
         trainer.fit_generator(PyTorchDataGenerator(loader, size=35, batch_size=16), nb_epochs=1, **QUIET)
         assert sizes == [16, 16, 3]
 
-    def test_an_augmentation_in_place_leaves_a_generators_data_alone(self, chain, data):
+    def test_an_augmentation_in_place_does_not_change_a_generators_data(self, chain, data):
         x = data[0].copy()
         trainer = make_trainer(make_classifier(chain), augmentation=lambda image: image.mul_(0.5))
         trainer.fit_generator(NumpyDataGenerator(x, data[1], batch_size=16), nb_epochs=1, **QUIET)
         np.testing.assert_array_equal(x, data[0])
 
-    def test_an_augmentation_in_place_leaves_what_a_generators_layers_are_chosen_on_alone(self, chain, data):
+    def test_an_augmentation_in_place_does_not_change_the_samples_that_are_measured(self, chain, data):
         means = []
 
         def rule(candidates):
@@ -119,14 +119,14 @@ class TestHabitsOfART:
         trainer.fit_generator(NumpyDataGenerator(*data, batch_size=16), nb_epochs=2, **QUIET)
         assert means[0] == means[1] == pytest.approx(data[0].mean(), rel=1e-5)
 
-    def test_flipped_views_are_taken(self, chain, data):
+    def test_flipped_views_are_accepted(self, chain, data):
         x = data[0][:, ::-1]
         assert min(x.strides) < 0
         trainer = make_trainer(make_classifier(chain))
         trainer.fit(x, data[1][::-1], validation_data=(x, data[1]), nb_epochs=1, **QUIET)
         assert len(trainer.history.epochs) == 1
 
-    def test_warm_up_leaves_a_norm_that_was_frozen_alone(self, normed, data):
+    def test_warm_up_does_not_change_a_frozen_norm(self, normed, data):
         normed.bn2.requires_grad_(False)
         before = snapshot(normed)
         make_trainer(make_classifier(normed), warmup=1).fit(*data, batch_size=16, nb_epochs=1, **QUIET)
@@ -153,7 +153,7 @@ class TestHabitsOfART:
                 make_trainer(classifier, warmup=1).fit(*data, nb_epochs=1, **QUIET)
             assert not moved(classifier.model, before)
 
-    def test_several_attacks_are_rotated(self, chain, data):
+    def test_several_attacks_take_turns(self, chain, data):
         classifier = make_classifier(chain)
         attacks = [FastGradientMethod(classifier, eps=0.1), BasicIterativeMethod(classifier, 0.1, 0.05, 2)]
         trainer = make_trainer(classifier, attacks)
@@ -189,7 +189,7 @@ class TestHabitsOfART:
         trainer.fit(data[0][:16], data[1][:16], nb_epochs=2, **QUIET)
         assert len(trainer.history.selections) == 1 and attack.verbose is True
 
-    def test_preprocessing_that_is_not_torchs(self, chain, data):
+    def test_preprocessing_that_is_not_pytorchs(self, chain, data):
         class Rounding(Preprocessor):
             def __call__(self, x, y=None):
                 return np.round(x, 1).astype(np.float32), y
@@ -252,7 +252,7 @@ def _differences(one, other):
 
 
 class TestTheMethod:
-    """Against a training loop written out by hand, in which features are computed without hooks."""
+    """Compare with a training loop written by hand, which computes features without hooks."""
 
     @pytest.mark.parametrize("objective", ["adversarial", "clean"])
     def test_one_epoch_of_the_second_stage(self, chain, data, objective):
@@ -291,7 +291,7 @@ class TestTheMethod:
             torch.testing.assert_close(chain.state_dict()[key], value, atol=1e-5, rtol=1e-4)
 
     def test_warm_up_is_arts_adversarial_training(self, data):
-        """Same network, one batch an epoch, no random start: Madry's trainer of ART does the same to 1e-5."""
+        """With one batch an epoch and no random start, ART's trainer of Madry et al. does the same to 1e-5."""
         ours, theirs = (Normed().apply(lambda m: setattr(m, "p", 0.0)) for _ in range(2))  # no dropout
         theirs.load_state_dict(ours.state_dict())
         classifier = make_classifier(ours)
@@ -317,7 +317,7 @@ class TestTheMethod:
         assert [r.stage for r in trainer.history.epochs] == ["adversarial training"] * 2 + ["clat"] * 5
         assert [s.epoch for s in trainer.history.selections] == [2, 5]
 
-    def test_the_layers_are_chosen_anew(self, data):
+    def test_the_layers_are_chosen_again(self, data):
         """A layer made critical between two selections is trained after the second."""
         model = Chain()
         classifier = make_classifier(model, lr=1e-4)
@@ -342,7 +342,7 @@ class TestTheMethod:
         trainer.fit(*data, validation_data=data, batch_size=16, nb_epochs=25, **QUIET)
         last = trainer.history.epochs[-1]
         assert last.clean_accuracy > 0.65
-        if objective == "adversarial":  # eq. 6 to the letter trains on clean cross-entropy, and may lose some of it
+        if objective == "adversarial":  # the "clean" objective may lose robust accuracy
             assert last.robust_accuracy > 0.5
 
     def test_a_larger_weight_brings_a_smaller_feature_distance(self, data):
@@ -365,7 +365,7 @@ def _pgd(network, x, y, eps=0.1, step=0.03, steps=4):
 
 
 class TestAverage:
-    def test_is_what_is_validated_and_what_the_network_ends_on(self, normed, data):
+    def test_is_validated_and_is_what_the_network_ends_with(self, normed, data):
         trainer = make_trainer(make_classifier(normed), warmup=2, ema_decay=0.6)
         seen, validated = [], []
 
@@ -391,7 +391,7 @@ class TestAverage:
                 torch.testing.assert_close(validated[number // 3], average)
         torch.testing.assert_close(state(), average)
 
-    def test_training_itself_does_not_know_of_it(self, data):
+    def test_does_not_influence_training(self, data):
         losses = []
         for ema_decay in (None, 0.9):
             torch.manual_seed(1)
@@ -402,16 +402,16 @@ class TestAverage:
 
 
 class TestPresets:
-    """What becomes of norms goes by the preset, unless the user says it."""
+    """The preset decides what the user leaves open."""
 
-    def test_default_leaves_norms_alone(self, normed, data):
+    def test_default_freezes_norms(self, normed, data):
         classifier = make_classifier(normed)
         trainer = AdversarialTrainerCLATPyTorch(classifier, make_attack(classifier), selection=["conv2"], seed=0)
         before = snapshot(normed)
         trainer.fit(*data, nb_epochs=1, **QUIET)
         assert moved(normed, before) == {"conv2.weight"} and trainer.options.objective == "adversarial"
 
-    def test_papers_trains_them_on_clean_cross_entropy(self, normed, data):
+    def test_paper_trains_norms_on_clean_cross_entropy(self, normed, data):
         classifier = make_classifier(normed)
         trainer = AdversarialTrainerCLATPyTorch(
             classifier, make_attack(classifier), preset="paper", selection=["conv2"], seed=0
@@ -420,7 +420,7 @@ class TestPresets:
         trainer.fit(*data, nb_epochs=1, **QUIET)
         assert {"bn2.weight", "bn2.running_mean"} < moved(normed, before) and trainer.options.objective == "clean"
 
-    def test_what_the_user_says_goes_before(self, normed):
+    def test_the_users_values_take_precedence(self, normed):
         classifier = make_classifier(normed)
         trainer = AdversarialTrainerCLATPyTorch(
             classifier,
@@ -431,12 +431,12 @@ class TestPresets:
         )
         assert trainer.options.objective == "pgd_at" and trainer.options.layers.freeze_norms
 
-    def test_larger_layers_keep_their_norms(self, normed):
+    def test_norms_of_larger_layers_are_trained(self, normed):
         classifier = make_classifier(normed)
         trainer = AdversarialTrainerCLATPyTorch(classifier, make_attack(classifier), layers=["conv2"])
         assert not trainer.options.layers.freeze_norms
 
-    def test_that_is_none(self, normed):
+    def test_unknown_preset(self, normed):
         classifier = make_classifier(normed)
         with pytest.raises(ValueError, match="`preset` must be one of 'default', 'paper', got 'clean'"):
             AdversarialTrainerCLATPyTorch(classifier, make_attack(classifier), preset="clean")
@@ -465,7 +465,7 @@ class TestArgumentsArrive:
         assert not moved(chain, before)
 
     @pytest.mark.parametrize("selection", ["all", ["hidden"]])
-    def test_what_is_always_chosen_is_so_whatever_the_budget(self, chain, data, selection):
+    def test_the_budget_does_not_limit_layers_that_are_always_chosen(self, chain, data, selection):
         classifier = make_classifier(chain)
         trainer = make_trainer(classifier, selection=selection, budget=Budget(parameter_share=0.001))
         trainer.fit(*data, nb_epochs=1, **QUIET)
@@ -503,10 +503,10 @@ class TestArgumentsArrive:
         )
         assert moved(model, before) == {"key.weight", "key.bias"}
 
-    def test_names_of_no_layers_are_refused_before_the_warm_up(self, chain, data):
+    def test_unknown_layer_names_are_refused_before_the_warm_up(self, chain, data):
         trainer = make_trainer(make_classifier(chain), warmup=5, selection=["first", "secnd"])
         before = snapshot(chain)
-        with pytest.raises(ValueError, match=r"`selection` names secnd, .* those are first, second, hidden\."):
+        with pytest.raises(ValueError, match=r"`selection` names secnd, .* can be are first, second, hidden\."):
             trainer.fit(*data, nb_epochs=1, **QUIET)
         assert not moved(chain, before)
 
@@ -541,8 +541,8 @@ class TestArgumentsArrive:
         trainer.fit(*data, batch_size=20, nb_epochs=1, drop_last=True, **QUIET)
         assert sizes == [20, 20, 8, 20, 20]
 
-    def test_labels_reach_any_attack_with_their_own_inputs(self, chain, data):
-        """Also when only a share of the batch is perturbed."""
+    def test_any_attack_gets_each_input_with_its_label(self, chain, data):
+        """Even if only a share of the batch is perturbed."""
         classifier = make_classifier(chain)
         label_of = {x.tobytes(): y for x, y in zip(*data, strict=True)}
         seen = []
@@ -562,7 +562,7 @@ class TestArgumentsArrive:
         trainer = make_trainer(classifier, [first, second], selection=SelectionOptions(samples=48))
         with torch.no_grad():
             for parameter in chain.parameters():
-                parameter.mul_(4)  # so that the stronger attack fools where the weaker one does not
+                parameter.mul_(4)  # so that only the stronger attack fools
         expected = measure_criticality(classifier, *data, attack=first)
         trainer.fit(*data, validation_data=data, nb_epochs=1, **QUIET)
         measured = trainer.history.selections[0].measured
@@ -571,7 +571,7 @@ class TestArgumentsArrive:
         assert trainer.history.epochs[0].robust_accuracy == pytest.approx(robust)
         assert robust < (classifier.predict(second.generate(*data)).argmax(1) == data[1]).mean()
 
-    def test_selection_sample_is_drawn_at_random_but_once(self, chain, data):
+    def test_selection_sample_is_drawn_at_random_once(self, chain, data):
         x = np.sort(data[0].reshape(48, -1), axis=0).reshape(data[0].shape)  # the first are the darkest
         trainer = make_trainer(make_classifier(chain), selection=SelectionOptions(samples=12), reselect_every=1)
         samples = []
@@ -599,7 +599,7 @@ class TestArgumentsArrive:
             assert (record.train_clean_accuracy, record.train_robust_accuracy)[index] == pytest.approx(accuracy)
             assert (record.train_clean_accuracy, record.train_robust_accuracy)[1 - index] is None
 
-    def test_generator_batches_looked_at_ahead_keep_their_order(self, chain, data):
+    def test_generator_batches_that_were_measured_keep_their_order(self, chain, data):
         generator = NumpyDataGenerator(*data, batch_size=16)
         seen = []
         trainer = make_trainer(make_classifier(chain), selection=SelectionOptions(samples=40))
@@ -632,7 +632,7 @@ class TestFrozenMeansFrozen:
         options = {"lr": 0.01, "weight_decay": 0.1, **({} if make is torch.optim.AdamW else {"momentum": 0.9})}
         classifier = make_classifier(normed, optimizer=make(normed.parameters(), **options))
         make_trainer(classifier, warmup=2).fit(*data, batch_size=16, nb_epochs=2, **QUIET)  # momentum everywhere
-        normed.fc.weight.grad = torch.ones_like(normed.fc.weight)  # and a gradient left over
+        normed.fc.weight.grad = torch.ones_like(normed.fc.weight)  # and an old gradient
         before = snapshot(normed)
         trainer = make_trainer(classifier, objective=objective)
         trainer.fit(*data, batch_size=16, nb_epochs=2, **QUIET)
@@ -641,7 +641,7 @@ class TestFrozenMeansFrozen:
         names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
         assert moved(normed, before) == {f"{chosen}.weight", *(f"{norm}.{name}" for name in names)}
 
-    def test_stale_momentum_does_not_fire(self, data):
+    def test_old_momentum_does_not_move_a_layer(self, data):
         """A layer chosen again starts without the momentum it had before it was frozen."""
         torch.manual_seed(4)
         model = Chain()
@@ -699,7 +699,7 @@ class TestFrozenMeansFrozen:
 class TestGuest:
     @pytest.mark.parametrize("failure", [None, RuntimeError, KeyboardInterrupt])
     @pytest.mark.parametrize("stage", ["adversarial training", "clat"])
-    def test_the_model_comes_back_as_it_was(self, normed, data, failure, stage):
+    def test_the_model_is_restored(self, normed, data, failure, stage):
         classifier = make_classifier(normed)
         normed.train()
         normed.bn2.eval()
@@ -804,7 +804,7 @@ class TestNonFinite:
         with pytest.raises(FloatingPointError, match="not finite in epoch 0, batch 0"):
             make_trainer(classifier).fit(*data, batch_size=48, nb_epochs=1, **QUIET)
         assert not moved(normed, before)
-        assert not classifier.optimizer.state  # its momentum has overflowed too
+        assert not classifier.optimizer.state  # the momentum has overflowed too
 
     def test_a_large_but_finite_gradient_passes(self, chain, data):
         class Huge(nn.CrossEntropyLoss):
@@ -832,7 +832,7 @@ class TestNonFinite:
             trainer.fit(*data, nb_epochs=1, **QUIET)
         assert not moved(chain, before)
 
-    def test_a_mask_that_is_infinite_from_the_beginning_is_no_concern(self, data):
+    def test_a_mask_that_is_infinite_from_the_beginning_is_ignored(self, data):
         class Masked(Normed):
             def __init__(self):
                 super().__init__()
@@ -898,9 +898,9 @@ class TestBadInput:
             (lambda x, y: (x[:, :, :5], y), "shape"),
             (lambda x, y: (x, y + 1), "`y` holds labels from 1 to 4"),
             (lambda x, y: (x, y - 1), "`y` holds labels from -1"),
-            (lambda x, y: (x, y + 0.5), "no whole numbers"),
+            (lambda x, y: (x, y + 0.5), "not whole numbers"),
             (lambda x, y: (x, np.eye(5)[y]), "`y` has shape"),
-            (lambda x, y: (x, 2 * np.eye(4)[y]), "no class probabilities"),
+            (lambda x, y: (x, 2 * np.eye(4)[y]), "not class probabilities"),
             (lambda x, y: (x, y.astype(str)), "must hold numbers"),
             (lambda x, y: (x.astype(np.float64) * 1e300, y), "NaN or infinity"),
         ],
@@ -984,7 +984,7 @@ class TestBadInput:
         assert trainer.history.selections[0].chosen == ("1",)
 
 
-def test_log_lines_do_not_land_on_the_progress_bars_line(tmp_path):
+def test_log_lines_are_not_written_into_the_progress_bar(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(
         "import logging\n"

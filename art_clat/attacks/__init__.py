@@ -1,1 +1,1 @@
-"""Balls, projected gradient ascent, an ART attack in tensors."""
+"""Balls, projected gradient ascent, and an ART attack in tensors."""

@@ -1,8 +1,8 @@
 """
-Projected gradient ascent on any objective.
+Projected gradient ascent on any loss.
 
-The arithmetic of a step is that of ART's own projected gradient descent, so that the same attack makes the same
-adversarial examples; it only leaves out what ART computes and throws away.
+A step does the same arithmetic as ART's projected gradient descent, so the same attack makes the same adversarial
+examples. Only what ART computes and throws away is left out.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from art_clat.attacks.balls import Ball, norms_of, scaled
 from art_clat.utils.batch import Batch
 from art_clat.utils.processes import Part
 
-#: What an attack climbs: takes a perturbed batch; returns one value a sample, or their sum or mean.
+#: What an attack climbs: a function of a perturbed batch that returns one value a sample, or their sum or mean.
 Loss = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ascent:
     """
-    How an attack climbs inside its ball.
+    How an attack climbs inside its ball (Madry et al., arXiv 1706.06083).
 
     :param ball: The perturbations to choose from.
     :param step: Step size, in units of the input.
     :param nb_steps: Number of steps.
-    :param random_start: Start from a random point of the ball, not from the input.
-    :param decay: Decay of the accumulated gradient (momentum), or `None`.
+    :param random_start: Start from a random point of the ball instead of the input.
+    :param decay: Decay of the accumulated gradient (momentum); `None` for no momentum.
     """
 
     ball: Ball
@@ -40,27 +40,18 @@ class Ascent:
 
     def start(self, x: torch.Tensor, part: Part) -> torch.Tensor:
         """
-        Choose the points to climb from.
+        Choose the points to climb from, shape of `x`.
 
-        :param x: Inputs, shape (batch, ...).
-        :param part: Which of the whole batch they are. Whatever the part, the random numbers drawn are those of the
-               whole batch, so that a sample starts where it would if one process had them all.
-        :return: Same shape as `x`.
+        Every process draws the random numbers of the whole batch, so a sample starts where it would in a single
+        process.
         """
         if not self.random_start:
             return x
-        whole = x.new_empty(()).expand(part.total, *x.shape[1:])  # however `x` is stored
+        whole = x.new_empty(()).expand(part.total, *x.shape[1:])  # whatever the memory format of `x`
         return self.ball.clip(x + self.ball.sample(whole)[part.mine])
 
     def __call__(self, loss: Loss, x: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-        """
-        Climb a loss from every input of a batch (Madry et al., arXiv 1706.06083).
-
-        :param loss: What to climb.
-        :param x: Inputs, shape (batch, ...), the centres of the balls.
-        :param start: Where to climb from, same shape.
-        :return: Perturbed inputs, same shape, detached.
-        """
+        """Climb a loss from `start` within the balls around `x`; return the perturbed inputs, detached."""
         x_adv = start.clone()
         velocity = torch.zeros_like(x) if self.decay is not None else None
         for _ in range(self.nb_steps):
@@ -77,26 +68,14 @@ class Ascent:
         return x_adv.detach()
 
     def single_step(self) -> Ascent:
-        """
-        Return the single-step form: one step of size ε from a random start, as in "CLAT (fast)".
-
-        :return: The same ball, one step.
-        """
+        """Return the single-step form: one step of size ε from a random start, as in "CLAT (fast)"."""
         return replace(self, step=self.ball.eps, nb_steps=1, random_start=True, decay=None)
 
 
 def climb_in_chunks(
     ascent: Ascent, loss_on: Callable[[Batch], Loss], batch: Batch, start: torch.Tensor
 ) -> torch.Tensor:
-    """
-    Climb from every input of a batch, on a CPU with as many at once as its caches hold.
-
-    :param ascent: How to climb.
-    :param loss_on: Takes a batch, the centres of the balls; returns the loss to climb.
-    :param batch: The batch.
-    :param start: Where to climb from, shape of ``batch.x``.
-    :return: Perturbed inputs, same shape, detached.
-    """
+    """Climb from every input of a batch, on a CPU in chunks that fit its caches; `loss_on` makes a chunk's loss."""
     chunks = batch.chunks()
     starts = start.split([len(chunk) for chunk in chunks])
     found = [ascent(loss_on(chunk), chunk.x, begin) for chunk, begin in zip(chunks, starts, strict=True)]

@@ -1,4 +1,4 @@
-"""The perturbations an attack may choose from."""
+"""The perturbations that an attack may choose from."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 @dataclass(frozen=True)
 class Ball(abc.ABC):
     """
-    The perturbations an attack may choose from: a norm ball around the input, cut by the range of valid inputs.
+    The perturbations that an attack may choose from: a norm ball around the input, cut to the range of valid inputs.
 
-    :param eps: Radius, in units of the input; for ℓ∞ also a tensor broadcastable to an input.
+    :param eps: Radius, in units of the input; for ℓ∞ also a tensor that broadcasts to an input.
     :param clip_values: Smallest and largest valid input, or `None`.
     """
 
@@ -22,43 +22,23 @@ class Ball(abc.ABC):
 
     @abc.abstractmethod
     def steepest(self, gradient: torch.Tensor) -> torch.Tensor:
-        """
-        Return the direction of steepest ascent of norm one, for every sample.
-
-        :param gradient: Shape (batch, ...).
-        :return: Same shape.
-        """
+        """Return the direction of steepest ascent for every sample, of norm one."""
 
     @abc.abstractmethod
     def project(self, delta: torch.Tensor) -> torch.Tensor:
-        """
-        Bring perturbations into the ball, as ART does (finite norms: by scaling).
-
-        :param delta: Shape (batch, ...).
-        :return: Same shape.
-        """
+        """Bring perturbations into the ball as ART does: finite norms by scaling."""
 
     @abc.abstractmethod
     def sample(self, x: torch.Tensor) -> torch.Tensor:
-        """
-        Draw perturbations uniformly from the ball.
-
-        :param x: Inputs, for their shape, type and device; never read.
-        :return: Same shape as `x`.
-        """
+        """Draw perturbations uniformly from the ball; only the shape, type and device of `x` are used."""
 
     def clip(self, x: torch.Tensor) -> torch.Tensor:
-        """
-        Cut inputs to the valid range.
-
-        :param x: Shape (batch, ...).
-        :return: Same shape.
-        """
+        """Cut inputs to the valid range."""
         return x if self.clip_values is None else torch.clamp(x, *self.clip_values)
 
 
 class LinfBall(Ball):
-    """Every component within ε."""
+    """The perturbations whose every component is at most ε."""
 
     def steepest(self, gradient: torch.Tensor) -> torch.Tensor:
         return gradient.sign()
@@ -71,7 +51,7 @@ class LinfBall(Ball):
 
 
 class L2Ball(Ball):
-    """Euclidean length within ε."""
+    """The perturbations of Euclidean length at most ε."""
 
     def steepest(self, gradient: torch.Tensor) -> torch.Tensor:
         return scaled(gradient, 1 / norms_of(gradient, 2))
@@ -86,7 +66,7 @@ class L2Ball(Ball):
 
 
 class L1Ball(Ball):
-    """Sum of absolute components within ε."""
+    """The perturbations whose absolute components sum to at most ε."""
 
     def steepest(self, gradient: torch.Tensor) -> torch.Tensor:
         flat = gradient.flatten(1)
@@ -97,7 +77,7 @@ class L1Ball(Ball):
         return scaled(delta, torch.clamp(self.eps / norms_of(delta, 1), max=1))
 
     def sample(self, x: torch.Tensor) -> torch.Tensor:
-        # Spacings of a Poisson process: all but the last of d + 1 are uniform in the solid simplex.
+        # Of d + 1 spacings of a Poisson process, divided by their sum, the first d are uniform in the solid simplex.
         spacings = torch.empty(len(x), x[0].numel() + 1, device=x.device, dtype=x.dtype).exponential_()
         sizes = spacings[:, :-1] / spacings.sum(dim=1, keepdim=True)
         signs = torch.randint(0, 2, sizes.shape, device=x.device) * 2 - 1
@@ -105,11 +85,12 @@ class L1Ball(Ball):
 
 
 def norms_of(x: torch.Tensor, order: int) -> torch.Tensor:
+    """Return the norm of every sample, shape (batch,)."""
     norms: torch.Tensor = torch.linalg.vector_norm(x.flatten(1), ord=order, dim=1)
     return norms
 
 
 def scaled(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """Scale every sample by its own factor; a sample whose norm was zero (an infinite factor) stays as it is."""
+    """Scale every sample by its factor; an infinite factor, of a sample whose norm is zero, makes it zero."""
     factors = torch.where(torch.isinf(factors), torch.zeros_like(factors), factors)
     return x * factors.view(-1, *[1] * (x.ndim - 1))

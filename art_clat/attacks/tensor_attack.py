@@ -19,14 +19,14 @@ from art_clat.utils.batch import Batch
 
 class TensorAttack:
     """
-    An ART attack on a classifier's output, in tensors; its ball and steps also serve other losses.
+    An ART attack on a classifier's output, in tensors. Its ball and steps can also climb other losses.
 
-    ``ProjectedGradientDescent`` (also its PyTorch class and its subclasses such as ``BasicIterativeMethod``) and
-    ``FastGradientMethod`` run on the device, with ART's arithmetic. Any other attack, and options of these with no
-    meaning for a batch (``random_eps``, ``minimal``, another norm), go through ART's own ``generate``.
+    ``ProjectedGradientDescent`` (its PyTorch class and ART's subclasses too, such as ``BasicIterativeMethod``) and
+    ``FastGradientMethod`` run on the device, with ART's arithmetic. All other attacks run through their ``generate``,
+    and so do options that this class does not implement: ``random_eps``, ``minimal``, another norm.
 
     :param attack: The attack, bound to the classifier's estimator.
-    :param classifier: What it attacks.
+    :param classifier: The classifier to attack.
     """
 
     def __init__(self, attack: EvasionAttack, classifier: TensorClassifier) -> None:
@@ -35,82 +35,89 @@ class TensorAttack:
 
     @property
     def ascent(self) -> Ascent | None:
-        """The attack's ball and steps, as they are now; `None` if the attack runs through ``generate``."""
+        """The attack's ball and steps with its current settings; `None` if the attack runs through ``generate``."""
         return _read_ascent(self.attack, self.classifier) if self.classifier.is_differentiable else None
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """
         Perturb a batch so that the classifier's loss on its labels grows. The network runs in evaluation mode.
 
-        :param batch: The batch.
+        :param batch: Inputs, with the labels to attack.
         :return: Adversarial examples, shape of ``batch.x``.
         """
         ascent = self.ascent
         with self.classifier.attacked():
             if ascent is None:
                 return self._generate(batch)
-            x_adv = climb_in_chunks(ascent, self._own_loss, batch, ascent.start(batch.x, batch.part))
+            x_adv = climb_in_chunks(ascent, self._output_loss, batch, ascent.start(batch.x, batch.part))
             for _ in range(self.attack.num_random_init - 1):
-                again = climb_in_chunks(ascent, self._own_loss, batch, ascent.start(batch.x, batch.part))
+                again = climb_in_chunks(ascent, self._output_loss, batch, ascent.start(batch.x, batch.part))
                 fooled = self._fooled(again, batch.y).view(-1, *[1] * (again.ndim - 1))
                 x_adv = torch.where(fooled, again, x_adv)
         return x_adv
 
     def start(self, batch: Batch) -> torch.Tensor:
         """
-        Choose where the attack itself begins.
+        Choose the points that the attack starts from: the inputs, or random points of their balls.
 
-        :param batch: The batch.
+        :param batch: The inputs, the centres of the balls.
         :return: Shape of ``batch.x``.
+        :raises ValueError: If the attack runs through ``generate``.
         """
-        return self._own_ascent.start(batch.x, batch.part)
+        return self._required_ascent.start(batch.x, batch.part)
 
     def random_start(self, batch: Batch) -> torch.Tensor:
         """
-        Draw a random point of each input's ball, whether or not the attack itself begins there.
+        Draw a random point of each input's ball, even if the attack starts from the input.
 
-        :param batch: The batch.
+        :param batch: The inputs, the centres of the balls.
         :return: Shape of ``batch.x``.
+        :raises ValueError: If the attack runs through ``generate``.
         """
-        return replace(self._own_ascent, random_start=True).start(batch.x, batch.part)
+        return replace(self._required_ascent, random_start=True).start(batch.x, batch.part)
 
     def start_near(self, batch: Batch, deviation: float) -> torch.Tensor:
         """
-        Draw a point close to each input, from a normal distribution.
+        Add normally distributed noise to each input.
 
-        :param batch: The batch.
-        :param deviation: Its standard deviation, in units of the input.
+        :param batch: The inputs.
+        :param deviation: Standard deviation of the noise, in units of the input.
         :return: Shape of ``batch.x``.
+        :raises ValueError: If the attack runs through ``generate``.
         """
         x, part = batch.x, batch.part
         noise = torch.randn((part.total, *x.shape[1:]), device=x.device, dtype=x.dtype)[part.mine]
-        return self._own_ascent.ball.clip(x + deviation * noise)
+        return self._required_ascent.ball.clip(x + deviation * noise)
 
     def climb(
         self, loss_on: Callable[[Batch], Loss], batch: Batch, *, start: torch.Tensor, single_step: bool = False
     ) -> torch.Tensor:
         """
-        Climb another loss in the attack's ball with its steps, without momentum. The network runs in evaluation mode.
+        Climb another loss with the attack's ball and steps, without momentum. The network runs in evaluation mode.
 
-        :param loss_on: Takes a batch, the centres of the balls; returns the loss to climb, a function of a perturbed
-               batch.
-        :param batch: The batch.
-        :param start: Where to climb from, shape of ``batch.x``.
-        :param single_step: Make one step of size ε instead.
-        :return: Perturbed inputs, same shape, detached.
+        :param loss_on: A function of a batch of clean samples that returns the loss to climb, a function of perturbed
+               inputs.
+        :param batch: The clean samples, the centres of the balls.
+        :param start: Points to climb from, shape of ``batch.x``.
+        :param single_step: Make one step of size ε instead of the attack's steps.
+        :return: Perturbed inputs, shape of ``batch.x``, detached.
+        :raises ValueError: If the attack runs through ``generate``.
         """
-        ascent = self._own_ascent.single_step() if single_step else replace(self._own_ascent, decay=None)
+        ascent = self._required_ascent.single_step() if single_step else replace(self._required_ascent, decay=None)
         with self.classifier.attacked():
             return climb_in_chunks(ascent, loss_on, batch, start)
 
-    def _own_loss(self, batch: Batch) -> Loss:
+    def _output_loss(self, batch: Batch) -> Loss:
         return self.classifier.loss_on(batch.y)
 
     @property
-    def _own_ascent(self) -> Ascent:
+    def _required_ascent(self) -> Ascent:
         ascent = self.ascent
         if ascent is None:
-            raise ValueError(f"{type(self.attack).__name__} runs through `generate`: it has no steps for another loss.")
+            raise ValueError(
+                f"{type(self.attack).__name__} runs through its `generate`, which cannot climb another loss; "
+                "ProjectedGradientDescent and FastGradientMethod can."
+            )
         return ascent
 
     def _fooled(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -125,14 +132,14 @@ class TensorAttack:
 
 
 def _read_ascent(attack: EvasionAttack, classifier: TensorClassifier) -> Ascent | None:
-    """Read an ART attack's ball and steps; `None` if it is not one this module runs itself."""
+    """Read an ART attack's ball and steps; `None` if it must run through its ``generate``."""
     is_pgd = isinstance(attack, (ProjectedGradientDescent, ProjectedGradientDescentPyTorch))
     is_fgm = type(attack) is FastGradientMethod
-    # A user's subclass may do anything in its `generate`.
-    is_arts_own = type(attack).__module__.split(".")[0] == "art"
-    if not (is_pgd or is_fgm) or not is_arts_own or classifier.estimator.is_rnn:
+    # A subclass from elsewhere may override anything.
+    is_from_art = type(attack).__module__.split(".")[0] == "art"
+    if not (is_pgd or is_fgm) or not is_from_art or classifier.estimator.is_rnn:
         return None
-    if attack.estimator is not classifier.estimator:  # another loss, other clip values
+    if attack.estimator is not classifier.estimator:  # which may have another loss or other clip values
         return None
     if getattr(attack, "random_eps", False) or getattr(attack, "minimal", False):
         return None
@@ -153,14 +160,14 @@ def _read_ascent(attack: EvasionAttack, classifier: TensorClassifier) -> Ascent 
         step=in_float32(attack.eps_step) if is_pgd else eps,
         nb_steps=int(attack.max_iter) if is_pgd else 1,
         random_start=attack.num_random_init > 0,
-        # ART keeps the decay of ProjectedGradientDescent in the attack it wraps only.
+        # ProjectedGradientDescent itself has no `decay`; the attack that it wraps has.
         decay=getattr(attack, "_attack", attack).decay if is_pgd else None,
     )
 
 
 @contextmanager
 def _quiet(attack: EvasionAttack) -> Iterator[None]:
-    """Silence an attack's own progress bar, which would appear once a batch."""
+    """Turn off an attack's progress bar, which would appear once a batch."""
     if "verbose" not in attack.attack_params:
         yield
         return

@@ -1,1 +1,1 @@
-"""Which layers a network has, in what order; their features; freezing."""
+"""Which layers a network has, and in what order; their features; freezing the others."""

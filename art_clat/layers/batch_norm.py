@@ -1,4 +1,4 @@
-"""BatchNorm computed faster where it is frozen, and over all processes where it is trained on several."""
+"""A faster BatchNorm if it is frozen; one over all processes if it is trained on several."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch.overrides import TorchFunctionMode
 
 from art_clat.utils.processes import Ranks
 
-#: By running variance, weight, ε and number of dimensions: the constants a gradient is multiplied by.
+#: The constants that multiply a gradient, by running variance, weight, ε and number of dimensions.
 Factors = dict[tuple[torch.Tensor, "torch.Tensor | None", float, int], list[torch.Tensor]]
 
 
 class BatchNorms(TorchFunctionMode):
     """
-    Computes every ``batch_norm`` of the forward passes that run in this context; modules are left as they are.
+    Computes every ``batch_norm`` of the forward passes in this context; modules are not changed.
 
-    A BatchNorm on its stored statistics, with frozen parameters, scales each channel by a constant. torch's backward
-    pass reads the input again and sums over the batch for gradients that nobody asked for; here it is the one
-    multiplication that is needed, and on a CPU gives the same bits. On several processes a BatchNorm in training takes
-    its statistics over the whole batch, as one process would.
+    A frozen BatchNorm on its stored statistics scales each channel by a constant. torch's backward pass would still
+    read the input again and sum over the batch for gradients that nobody needs. Here it is one multiplication, which on
+    a CPU gives the same bits. A BatchNorm that trains on several processes takes its statistics over the whole batch,
+    as one process would.
 
-    :param ranks: The processes that share the batch of this forward pass; one alone for passes of their own.
-    :param factors: Where to keep the constants from one forward pass to the next, for as long as weights and statistics
-           stay as they are; `None` to compute them in every pass.
+    :param ranks: The processes that share the batch of a forward pass; one alone for passes that are not shared.
+    :param factors: Where to keep the constants between forward passes; pass it only while weights and statistics do not
+           change. `None` computes them in every pass.
     """
 
     def __init__(self, ranks: Ranks, factors: Factors | None = None) -> None:
@@ -69,7 +69,7 @@ class BatchNorms(TorchFunctionMode):
     def _factors(
         self, running_var: torch.Tensor, weight: torch.Tensor | None, eps: float, ndim: int
     ) -> list[torch.Tensor]:
-        """Return what the gradient is multiplied by, in double precision and in the order of torch on a CPU."""
+        """Return the constants that multiply the gradient: in double precision, and in torch's order on a CPU."""
         key = (running_var, weight, eps, ndim)
         if self.factors is not None and key in self.factors:
             return self.factors[key]

@@ -18,8 +18,8 @@ from art_clat.layers.weight_uses import ELEMENTWISE, PRODUCTS, WeightUses, tenso
 logger = logging.getLogger(__name__)
 
 
-#: Samples in the two forward passes that find the layers: the dimension of an output that grows from one to the other
-#: is the batch (a table of attention biases, say, has none, and is no layer).
+#: Samples in the two forward passes that find the layers. The dimension of an output that grows from one pass to the
+#: other is the batch. A module whose output has none, such as a table of attention biases, is no layer.
 PROBE_SIZES = (5, 7)
 
 
@@ -31,18 +31,19 @@ def find_layers(
     granularity: Granularity = "layer",
 ) -> list[Layer]:
     """
-    Find the layers that run in a forward pass, in the order in which they first run.
+    Find the layers of a network, in the order in which they first run.
 
-    Hooks are removed again; modules that never run are not layers, nor are those whose weight is only added or a scale.
+    A module that never runs is no layer, nor is one whose weight is only added or used as a scale. All hooks are
+    removed afterwards.
 
     :param model: The network.
-    :param forward: Runs the network on as many samples as it is told and returns its logits.
-    :param after_norm: Take a layer's feature after its norm, not from the weighted module. Only where the norm runs on
-           this layer's output, every time, and on nothing else.
+    :param forward: A function that runs the network on the number of samples it is given and returns the logits.
+    :param after_norm: Take a layer's feature after its norm instead of after its weighted module, if in every call the
+           norm runs on this layer's output and on nothing else.
     :param granularity: What counts as one layer, see :func:`art_clat.layers.groups.find_groups`.
-    :return: The layers. The last one is marked as the head, and so is what a timm model names as its classifier; of
-             larger layers those that hold it.
-    :raises ValueError: Where no weighted layer runs, or `granularity` does not fit the network.
+    :return: The layers. The last one is marked as the head, and so is each layer that a timm model names as its
+             classifier. A larger layer that contains a head is a head.
+    :raises ValueError: If no weighted layer runs, or `granularity` does not fit the network.
     """
     groups = find_groups(model, granularity)
     small, large = (_Probe.run(model, forward, size) for size in PROBE_SIZES)
@@ -53,7 +54,7 @@ def find_layers(
             continue
         layer = _make_layer(names[module], module, small, large, after_norm=after_norm)
         if layer is None:
-            logger.info("%s has a weight but its output has no batch dimension: it is no layer.", names[module])
+            logger.info("%s has a weight, but its output has no batch dimension: it is not a layer.", names[module])
         else:
             layers.append(layer)
     if not layers:
@@ -67,13 +68,13 @@ def find_layers(
 
 @dataclass
 class _Record:
-    """What a module did in a forward pass: the shapes of the tensors that entered and left it, call by call."""
+    """The shapes of the tensors that entered and left a module in a forward pass, call by call."""
 
     inputs: list[list[torch.Size]] = field(default_factory=list)
     outputs: list[list[torch.Size]] = field(default_factory=list)
     last: int = 0  # when the last call ended
-    weight: nn.Parameter | None = None  # where the module was not called: the weight of it that was used
-    own: list[nn.Parameter] = field(default_factory=list)  # biases of the use that belong to no such module
+    weight: nn.Parameter | None = None  # the weight that a function took, if the module was not called
+    extra_parameters: list[nn.Parameter] = field(default_factory=list)  # biases that no weighted module holds
 
     def add(self, entering: object, leaving: object, time: int) -> None:
         self.inputs.append([tensor.shape for tensor in tensors_in(entering)])
@@ -82,23 +83,23 @@ class _Record:
 
 
 class _Probe:
-    """Records, while a network runs, what enters and leaves each module, and the norms that consumed its output."""
+    """Records what enters and leaves each module while a network runs, and the norms that take its output."""
 
     def __init__(self, model: nn.Module) -> None:
         self.weighted = weighted_modules(model)
-        #: What ran, in the order in which it first did.
+        #: The modules that ran, in the order in which they first did.
         self.records: dict[nn.Module, _Record] = {}
         self.norms: dict[nn.Module, list[nn.Module]] = {}
         self._owners: dict[nn.Parameter, list[nn.Module]] = {}
         for module in self.weighted:
             for parameter in module.parameters():
                 self._owners.setdefault(parameter, []).append(module)
-        # The functions that took a weight, and those modules whose forward method did or did not do it.
+        # The functions that took a weight of each module, and the modules that were called.
         self._functions: dict[nn.Module, set[str]] = {}
         self._called: set[nn.Module] = set()
         self._time = 0
-        # By their storage: whose a feature is, the feature, and its version. Holding them keeps their memory from being
-        # reused, so that equal storage means the same tensor; an unchanged version, that nothing was written into it.
+        # By storage: the module that made a feature, the feature, and its version. Holding features keeps their memory
+        # from being reused, so equal storage means the same tensor. An equal version means nothing was written to it.
         self._features: dict[int, tuple[nn.Module, torch.Tensor, int]] = {}
 
     @classmethod
@@ -112,7 +113,7 @@ class _Probe:
             for handle in handles:
                 handle.remove()
         probe._features.clear()
-        # A table that is added, or a scale, makes no layer of a module, whatever the shape it is stored in.
+        # A table that is added and a scale are no layers, whatever shape they are stored in.
         for module, functions in probe._functions.items():
             if functions <= ELEMENTWISE and module in probe.weighted:
                 probe.weighted.remove(module)
@@ -122,10 +123,10 @@ class _Probe:
         self._time += 1
         if module not in self._called:
             self._called.add(module)
-            used = self.records.pop(module, None)  # by its own forward method, up to now
+            used = self.records.pop(module, None)  # recorded so far as used without a call
             self.records[module] = _Record()
             if used is not None and len(used.outputs) > 1:
-                logger.debug("A weight of %s is used with and without calling it.", type(module).__name__)
+                logger.debug("A weight of %s is used both with and without calling the module.", type(module).__name__)
         self.records[module].add((args, kwargs), output, self._time)
         if is_norm(module):
             self._norm_ran(module, args, output)
@@ -140,7 +141,7 @@ class _Probe:
             if name in PRODUCTS and data is not None and module not in self._called:
                 record = self.records.setdefault(module, _Record(weight=weight))
                 record.add(data, output, self._time)
-                record.own += [p for p in parameters if p not in self._owners]
+                record.extra_parameters += [p for p in parameters if p not in self._owners]
                 self._made(module, output)
 
     def _made(self, module: nn.Module, output: object) -> None:
@@ -173,12 +174,12 @@ def _make_layer(name: str, module: nn.Module, small: _Probe, large: _Probe, *, a
         modules=(module, *norms),
         output=output,
         input=_site(module, small, large, "inputs"),
-        own=tuple(dict.fromkeys(record.own)),
+        extra_parameters=tuple(dict.fromkeys(record.extra_parameters)),
     )
 
 
 def _site(module: nn.Module, small: _Probe, large: _Probe, side: str) -> Site | None:
-    """Find the first tensor with a batch that enters or leaves a module; `None` unless there is one in every call."""
+    """Find the first tensor with a batch that enters or leaves a module; `None` if a call has none."""
     if module not in small.records:
         return None
     one, other = getattr(small.records[module], side), getattr(large.records[module], side)
@@ -209,7 +210,7 @@ def _site(module: nn.Module, small: _Probe, large: _Probe, side: str) -> Site | 
 
 
 def _batch_dim(small: torch.Size, large: torch.Size) -> int | None:
-    """Find the dimension that grows with the batch; `None` unless there is one such, and the others stay."""
+    """Return the only dimension that differs, if it grows with the batch; otherwise `None`."""
     if len(small) != len(large) or len(large) < 2:
         return None
     grown = [dim for dim in range(len(large)) if small[dim] != large[dim]]
@@ -221,7 +222,7 @@ def _batch_dim(small: torch.Size, large: torch.Size) -> int | None:
 def _larger_layers(
     groups: list[Group], weighted: list[Layer], small: _Probe, large: _Probe, *, strict: bool
 ) -> list[Layer]:
-    """Make a layer of each group: what enters the first of its modules to run, and leaves the last."""
+    """Make a layer of each group: its input enters its first module to run, its feature leaves the last."""
     heads = {layer.modules[0] for layer in weighted if layer.is_head}
     layers = []
     for group in groups:
@@ -233,11 +234,11 @@ def _larger_layers(
         ran = sorted((sites[name] for name in outermost(sites)), key=lambda site: large.records[site.module].last)
         if not ran and strict:
             raise ValueError(
-                f"`granularity`: {group.name!r} matches, but nothing in it runs in the network's forward pass and "
-                "gives a tensor with a batch."
+                f"`granularity`: {group.name!r} matches, but none of its modules returns a tensor with a batch in the "
+                "network's forward pass. Name another module."
             )
         if not ran:
-            logger.info("%s gives no tensor with a batch: it is no layer.", group.name)
+            logger.info("%s returns no tensor with a batch: it is not a layer.", group.name)
             continue
         first = next(module for module in large.records if any(module is site.module for site in ran))
         layers.append(
@@ -246,17 +247,17 @@ def _larger_layers(
                 modules=tuple(dict.fromkeys(group.modules[name] for name in outermost(group.modules))),
                 output=ran[-1],
                 input=_site(first, small, large, "inputs"),
-                own=group.parameters,
+                extra_parameters=group.parameters,
                 is_head=any(head in module.modules() for module in group.modules.values() for head in heads),
             )
         )
     if not layers:
-        raise ValueError("`granularity`: no block of the network gives a tensor with a batch.")
+        raise ValueError("`granularity`: no block of the network returns a tensor with a batch; use 'layer'.")
     return sorted(layers, key=lambda layer: large.records[layer.output.module].last)
 
 
 def _mark_head(layers: list[Layer], model: nn.Module) -> list[Layer]:
-    """Mark the last layer, and of a timm model all that it names as its classifier (a distilled one has two)."""
+    """Mark the last layer as the head, and all that a timm model names as its classifier (a distilled one has two)."""
     named: set[nn.Module] = set()
     for module in model.modules():
         get_classifier = getattr(module, "get_classifier", None)

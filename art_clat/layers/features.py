@@ -1,4 +1,4 @@
-"""Taps on layers: see their features in a forward pass, and stop it after the last one needed."""
+"""Look at the features of layers in a forward pass, and end the pass after the last one needed."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ class _LastFeatureSeen(Exception):
 @contextmanager
 def tap(sites: Sequence[Site], show: Callable[[Site, torch.Tensor], None], *, stop: bool = False) -> Iterator[None]:
     """
-    Show the tensors at some sites to a function in the forward pass that runs in this context.
+    Pass the tensors at some sites to a function during the forward pass in this context.
 
-    The function sees a tensor at the moment it is there: an in-place activation that overwrites it later does no harm
-    to what was computed from it, but a function that keeps it must copy it.
+    The function sees a tensor before a later in-place operation can overwrite it. If it keeps the tensor, it must copy
+    it.
 
-    :param sites: Where to look: at the outputs or inputs of layers.
-    :param show: Called with the site and the tensor, see :meth:`art_clat.layers.Site.by_sample`; once for every call.
+    :param sites: Where to look.
+    :param show: Called once for every call of a site, with the site and the tensor in the order of
+           :meth:`.Site.by_sample`.
     :param stop: End the forward pass, and with it the context, once everything has been seen.
+    :raises RuntimeError: If a module has more calls, or fewer tensors, than when the layers were found.
     """
     seen = dict.fromkeys(sites, 0)
     left = sum(site.calls for site in sites)
@@ -38,7 +40,10 @@ def tap(sites: Sequence[Site], show: Callable[[Site, torch.Tensor], None], *, st
         found = list(tensors_in(value))
         if len(found) <= site.index or seen[site] == site.calls:
             what = "more calls" if seen[site] == site.calls else "fewer tensors"
-            raise RuntimeError(f"{type(site.module).__name__} had {what} in this pass than in the one before.")
+            raise RuntimeError(
+                f"{type(site.module).__name__} had {what} in this pass than when the layers were found. CLAT needs a "
+                "network that runs the same modules in every forward pass."
+            )
         show(site, site.by_sample(found[site.index], seen[site]))
         seen[site] += 1
         left -= 1
@@ -77,14 +82,14 @@ def tell_samples_apart(
     layers: Sequence[Layer], forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
 ) -> list[Layer]:
     """
-    Find out which entries are a sample's where it has several along a layer's batch dimension.
+    Find out which entries along a layer's batch dimension belong to which sample, if a sample has several.
 
-    One sample of several equal ones is exchanged: what changes is its.
+    In a batch of equal samples the first one is exchanged; the entries that change are that sample's.
 
     :param layers: The layers.
-    :param forward: The network; it treats samples one by one.
+    :param forward: The network; it must treat every sample independently of the others.
     :param x: One input, shape (1, *input_shape).
-    :return: The layers; those whose entries are interleaved now say so.
+    :return: The layers, with ``interleaved`` set at their sites.
     """
     sites = {site for layer in layers for site in (layer.output, layer.input) if site and max(site.rows) > 1}
     if not sites:
@@ -99,7 +104,7 @@ def tell_samples_apart(
             forward(batch)
 
     def is_interleaved(site: Site) -> bool:
-        together = apart = 0.0  # how much the entries change that are the first sample's in one order and in the other
+        together = apart = 0.0  # how much the first sample's entries change in either order
         for before, after, rows in zip(seen[0][site], seen[1][site], site.rows, strict=True):
             if rows > 1:
                 changes = (after.double() - before.double()).abs().flatten(2).sum(dim=2).flatten()
@@ -120,14 +125,14 @@ def tell_samples_apart(
 
 class Features:
     """
-    The features of a batch at some layers, and how far another forward pass is from them.
+    The features of a batch at some layers, and the distance of another forward pass from them.
 
     :param layers: The layers.
-    :param inputs: Look also at what enters each layer.
-    :param lengths: Measure also how long the features themselves are, see :meth:`relative_distance`.
+    :param inputs: Also look at the tensor that enters each layer.
+    :param lengths: Also measure the lengths of the clean features, which :meth:`relative_distance` needs.
     """
 
-    #: Whether passes end after the last layer if they may; `False` shows what that saves.
+    #: Whether `stop` has an effect; set it to `False` to measure what stopping early saves.
     stops_early = True
 
     def __init__(self, layers: Sequence[Layer], *, inputs: bool = False, lengths: bool = False) -> None:
@@ -142,11 +147,7 @@ class Features:
 
     @contextmanager
     def keep(self, *, stop: bool = False) -> Iterator[None]:
-        """
-        Keep the features of the forward pass in this context: ``F_i(x)``.
-
-        :param stop: End the forward pass after the last layer.
-        """
+        """Keep the features of the forward pass in this context, ``F_i(x)``; `stop` ends it after the last layer."""
         self._kept = {site: [] for site in self._sites}
 
         def keep(site: Site, feature: torch.Tensor) -> None:
@@ -158,10 +159,10 @@ class Features:
     @contextmanager
     def compare(self, *, stop: bool = False, forget: bool = False) -> Iterator[None]:
         """
-        Measure the forward pass in this context against the kept features; `distance` has the result.
+        Measure how far the features of the forward pass in this context are from the kept ones.
 
         :param stop: End the forward pass after the last layer.
-        :param forget: Let go of every kept feature as soon as it has been compared, for the pass to use its memory.
+        :param forget: Drop every kept feature once it has been compared, so that the pass can use its memory.
         """
         self._begin()
 
@@ -175,11 +176,7 @@ class Features:
 
     @contextmanager
     def compare_halves(self, *, stop: bool = False) -> Iterator[None]:
-        """
-        Measure the second half of a batch against the first in one forward pass, with nothing kept.
-
-        :param stop: End the forward pass after the last layer.
-        """
+        """Measure how far the second half of a batch is from the first, in one forward pass with nothing kept."""
         self._begin()
 
         def compare(site: Site, feature: torch.Tensor) -> None:
@@ -194,49 +191,33 @@ class Features:
         return sum(map(len, self._kept.values()))
 
     def distance(self, layer: Layer) -> torch.Tensor:
-        """
-        Return ``‖F_i(x+δ) − F_i(x)‖_2`` of every sample.
-
-        :param layer: One of the layers.
-        :return: Shape (batch,), float32.
-        """
+        """Return ``‖F_i(x+δ) − F_i(x)‖_2`` of every sample, shape (batch,), float32."""
         return _joined(self._distances[layer.output])
 
     def relative_distance(self, layer: Layer) -> torch.Tensor:
         """
-        Return ``‖F_i(x+δ) − F_i(x)‖_2 / ‖F_i(x)‖_2`` of every sample; 0 where the feature itself is 0.
+        Return ``‖F_i(x+δ) − F_i(x)‖_2 / ‖F_i(x)‖_2`` of every sample, shape (batch,), float32.
 
-        :param layer: One of the layers; the features must have been made with `lengths`, as for all that is relative.
-        :return: Shape (batch,), float32.
+        It is 0 if the feature itself is 0. Needs `lengths`.
         """
         return self._relative(layer.output)
 
     def input_distance(self, layer: Layer, *, relative: bool = False) -> torch.Tensor:
         """
-        Return the distance of what enters a layer, sample by sample, as :meth:`distance` does of what leaves it.
+        Return the distance, or relative distance, of the tensor that enters a layer, shape (batch,), float32.
 
-        :param layer: One of the layers; the features must have been made with `inputs`.
-        :param relative: As :meth:`relative_distance` does.
-        :return: Shape (batch,), float32; zeros for a layer that takes no tensor with a batch.
+        It is zero for a layer that takes no tensor with a batch. Needs `inputs`.
         """
         if layer.input is None:
             return torch.zeros_like(self.distance(layer))
         return self._relative(layer.input) if relative else _joined(self._distances[layer.input])
 
     def total_distance(self) -> torch.Tensor:
-        """
-        Return the summed distance of all layers, ``Σ_i ‖F_i(x+δ) − F_i(x)‖_2`` (the term inside eq. 5).
-
-        :return: Shape (batch,), float32.
-        """
+        """Return ``Σ_i ‖F_i(x+δ) − F_i(x)‖_2`` over all layers (the term inside eq. 5), shape (batch,), float32."""
         return torch.stack([self.distance(layer) for layer in self.layers]).sum(dim=0)
 
     def total_relative_distance(self) -> torch.Tensor:
-        """
-        Return the summed relative distance of all layers.
-
-        :return: Shape (batch,), float32.
-        """
+        """Return the relative distance summed over all layers, shape (batch,), float32."""
         return torch.stack([self.relative_distance(layer) for layer in self.layers]).sum(dim=0)
 
     def _begin(self) -> None:
@@ -255,11 +236,11 @@ class Features:
 
 
 def _joined(lengths: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return one length a sample where a layer ran several times."""
+    """Join the lengths of a layer's several runs into one length a sample."""
     return lengths[0] if len(lengths) == 1 else torch.linalg.vector_norm(torch.stack(list(lengths)), dim=0)
 
 
 def _lengths(x: torch.Tensor) -> torch.Tensor:
-    """Return the Euclidean length of every sample, in whatever order its elements are stored."""
+    """Return the Euclidean length of every sample, whatever the memory format."""
     lengths: torch.Tensor = torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)))
     return lengths

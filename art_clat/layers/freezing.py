@@ -1,4 +1,4 @@
-"""Freeze everything outside some layers, and put every flag back."""
+"""Freeze everything outside some layers, and restore every flag afterwards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from art_clat.layers.layer import Layer
 @contextmanager
 def only_trainable(model: nn.Module, layers: Sequence[Layer]) -> Iterator[None]:
     """
-    Freeze everything outside some layers, and put every ``requires_grad`` flag back on leaving.
+    Freeze everything outside some layers, and restore every ``requires_grad`` flag on leaving.
 
     A parameter that was frozen before stays frozen.
 
@@ -36,28 +36,20 @@ def train_only(model: nn.Module, layers: Sequence[Layer]) -> None:
     """
     Put the norms of some layers in training mode and the rest of the network in evaluation mode.
 
-    Frozen BatchNorms then run on their stored statistics, which stay as they are, and so does a norm of these layers
-    whose parameters its owner has frozen, or that stays in evaluation mode when the network is put in training mode.
-    Dropout is off: between a clean and a perturbed pass only the perturbation
-    differs, but for the batch statistics of these norms.
-
-    :param model: The network.
-    :param layers: The layers that are trained.
+    So frozen BatchNorms use their stored statistics and leave them unchanged. A norm of these layers stays in
+    evaluation mode too if the user froze its parameters, or if it refuses training mode. Dropout is off. A clean and a
+    perturbed pass then differ by the perturbation alone, and by the batch statistics of the norms that train.
     """
     model.train()
     norms = {m for layer in layers for module in layer.modules for m in module.modules() if is_norm(m)}
     trained = [norm for norm in norms if norm.training and not _is_frozen(norm)]
     model.eval()
     for norm in trained:
-        norm.training = True  # what is within it, dropout say, stays as it is
+        norm.training = True  # not `train()`: modules within it, such as dropout, keep their mode
 
 
 def train_all(model: nn.Module) -> None:
-    """
-    Put a network in training mode, but for norms whose parameters their owner has frozen.
-
-    :param model: The network.
-    """
+    """Put a network in training mode, except norms whose parameters the user froze."""
     model.train()
     for norm in filter(is_norm, model.modules()):
         if _is_frozen(norm):

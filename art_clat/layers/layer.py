@@ -11,20 +11,20 @@ from torch import nn
 @dataclass(frozen=True, eq=False)
 class Site:
     """
-    Where a tensor is seen in a forward pass: it enters or leaves a module.
+    Where a tensor is seen in a forward pass: as it enters or leaves a module.
 
     :param module: The module.
-    :param enters: Whether the tensor enters, or leaves.
-    :param weight: `None`, or the module's weight where other modules use it without calling the module. The tensors are
-           then those that enter and leave the function that takes it.
-    :param index: Which tensor it is of those that enter or leave, the first one that has a batch.
-    :param calls: How often it is seen in one forward pass (more than once when weights are shared).
+    :param enters: `True` if the tensor enters the module, `False` if it leaves it.
+    :param weight: The module's weight if a function takes it without the module being called; the tensors are then
+           those that enter and leave that function. Otherwise `None`.
+    :param index: Position of the tensor among those that enter or leave: it is the first one with a batch.
+    :param calls: How often it is seen in one forward pass; more than once if weights are shared.
     :param shape: Shape for one sample, without the batch dimension.
-    :param size: ``N_i``, the number of elements for one sample over all `calls`.
-    :param batch_dim: Which dimension is the batch. It may be a multiple of the batch (windows, time steps).
-    :param rows: How many entries a sample has along it, call by call.
-    :param interleaved: Whether those of a sample are as far apart as there are samples (time steps before the batch),
-           not one after the other (windows).
+    :param size: ``N_i``, the number of elements of one sample, over all `calls`.
+    :param batch_dim: The batch dimension. Its length may be a multiple of the batch size (windows, time steps).
+    :param rows: Number of entries that one sample has along the batch dimension, call by call.
+    :param interleaved: `True` if a sample's entries are one batch size apart (time steps before the batch), `False` if
+           they follow one another (windows).
     """
 
     module: nn.Module
@@ -40,11 +40,11 @@ class Site:
 
     def by_sample(self, tensor: torch.Tensor, call: int) -> torch.Tensor:
         """
-        Bring a tensor that is seen here into an order that does not depend on the network.
+        Bring a tensor that is seen here into the order (sample, entry of the sample, ...).
 
         :param tensor: The tensor, as it enters or leaves.
-        :param call: In which of the calls of a forward pass, counted from 0.
-        :return: A view of it, shape (batch, ...); where a sample has several entries (batch, rows, ...).
+        :param call: Number of the call within the forward pass, from 0.
+        :return: A view, shape (batch, ...), or (batch, rows, ...) if a sample has several entries.
         """
         first, rows = tensor.movedim(self.batch_dim, 0), self.rows[call]
         if rows == 1:
@@ -59,18 +59,18 @@ class Layer:
     One layer of a network: a weighted module and the norm on its output, or the modules of a block.
 
     :param name: Name of the weighted module, as in ``model.named_modules()``, or of the block.
-    :param modules: The weighted module, then the norms that consume its output; or the modules of the block.
+    :param modules: The weighted module, then the norms that take its output; or the modules of the block.
     :param output: Where the layer's feature ``F_i(x)`` is seen.
-    :param input: Where the tensor that enters the layer is seen; `None` if nothing with a batch does.
-    :param own: Parameters that belong to the layer and to none of `modules`.
-    :param is_head: Whether the layer gives the class scores.
+    :param input: Where the tensor that enters the layer is seen; `None` if no tensor with a batch does.
+    :param extra_parameters: Parameters of the layer besides those that its modules hold; for a block, all parameters.
+    :param is_head: Whether the layer computes the class scores.
     """
 
     name: str
     modules: tuple[nn.Module, ...]
     output: Site
     input: Site | None = None
-    own: tuple[nn.Parameter, ...] = ()
+    extra_parameters: tuple[nn.Parameter, ...] = ()
     is_head: bool = False
 
     @property
@@ -84,12 +84,9 @@ class Layer:
         return self.output.size
 
     def parameters(self) -> list[nn.Parameter]:
-        """
-        Return the layer's parameters, those of its norm included.
-
-        :return: Each parameter once.
-        """
-        return list(dict.fromkeys([*(p for module in self.modules for p in module.parameters()), *self.own]))
+        """Return the layer's parameters, each once, those of its norm included."""
+        in_modules = [parameter for module in self.modules for parameter in module.parameters()]
+        return list(dict.fromkeys([*in_modules, *self.extra_parameters]))
 
     @property
     def nb_parameters(self) -> int:

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-#: The functions that ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` call; cuDNN computes no others of the kind.
+#: The functions that ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` call. cuDNN computes no other recurrent layers.
 FUNCTIONS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
 class WithoutCudnn(TorchFunctionMode):
     """
-    Computes recurrent layers without cuDNN in this context, everything else, convolutions included, with it.
+    Computes recurrent layers without cuDNN in this context, and everything else with it.
 
-    cuDNN raises "cudnn RNN backward can only be called in training mode". torch's own kernels compute the same in both
-    modes; the backward pass uses the kernels that the forward pass was computed with.
+    cuDNN raises "cudnn RNN backward can only be called in training mode". torch's kernels compute the same in both
+    modes. The backward pass uses the kernels that computed the forward pass.
     """
 
     def __torch_function__(

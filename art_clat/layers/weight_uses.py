@@ -9,45 +9,46 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-# Functions by their names in torch, without underscores.
+# Functions are known by their names in torch, without leading and trailing underscores.
 
-#: What a layer is made of: a product of data with a weight.
+#: Products of data with a weight: what a layer computes.
 PRODUCTS = {
     *("linear", "bilinear", "embedding", "multi_head_attention_forward"),
     *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
     *("matmul", "rmatmul", "mm", "bmm", "mv", "addmm", "addbmm", "baddbmm", "einsum", "tensordot"),
 }
 
-#: What leaves a weight, or several, the same numbers in another arrangement.
+#: Functions that only rearrange the numbers of one or several weights.
 _ARRANGEMENTS = {
     *("t", "transpose", "permute", "movedim", "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"),
     *("expand", "contiguous", "clone", "to", "float", "half", "bfloat16", "double", "type_as", "get", "getitem"),
     *("cat", "concat", "concatenate", "stack", "chunk", "split", "unbind", "narrow", "select"),
 }
 
-#: What makes no more of a weight than a table of biases or a scale; of what has the weight's own shape, a weight.
+#: Functions that use a weight as a table of biases or as a scale. If the result has the weight's shape, it is still a
+#: weight.
 ELEMENTWISE = {"add", "radd", "iadd", "sub", "rsub", "isub", "mul", "rmul", "imul", "div", "truediv", "rdiv", "addcmul"}
 
-#: Called with the function's name, the parameters it takes, the first tensor of data among its arguments, if any, and
-#: what it returns.
+#: Called with the function's name, the parameters it takes, the first tensor of data among its arguments (or `None`),
+#: and its result.
 OnUse = Callable[[str, "list[nn.Parameter]", "torch.Tensor | None", object], None]
 
 
 class WeightUses(TorchFunctionMode):
     """
-    Shows every use of some parameters in a function of torch's, while a forward pass runs in this context.
+    Reports every use of some parameters in a torch function during the forward pass in this context.
 
-    Parameters that are only rearranged or rescaled first (transposed, joined, cast, masked ...) are recognised all the
-    same.
+    A parameter is still recognised after it was rearranged or rescaled (transposed, joined, cast, masked ...).
 
     :param parameters: The parameters.
-    :param on_use: Called after each function that takes one of them, unless it makes another weight of them.
+    :param on_use: Called after each function that takes one of them, unless the function only rearranges or rescales
+           it.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], on_use: OnUse) -> None:
         super().__init__()
         self._on_use = on_use
-        # By the identity of a tensor, which is held so that no other can take it: the parameters it is made of.
+        # The parameters a tensor is made of, by its `id`. The tensor is held so that no other can get the same `id`.
         self._made_of: dict[int, tuple[torch.Tensor, list[nn.Parameter]]] = {id(p): (p, [p]) for p in parameters}
 
     def __torch_function__(
@@ -65,7 +66,7 @@ class WeightUses(TorchFunctionMode):
             if id(tensor) in self._made_of:
                 used += self._made_of[id(tensor)][1]
                 shapes.append(tensor.shape)
-            elif tensor.is_floating_point():  # and no index
+            elif tensor.is_floating_point():  # an index is no data
                 data.append(tensor)
         if used:
             name = str(getattr(func, "__name__", "")).strip("_")
@@ -81,12 +82,7 @@ class WeightUses(TorchFunctionMode):
 
 
 def tensors_in(value: object) -> Iterator[torch.Tensor]:
-    """
-    Find the tensors in what a function takes or returns, in order, within tuples, lists and mappings.
-
-    :param value: A tensor, a container of tensors and other things, or anything else.
-    :return: The tensors.
-    """
+    """Yield the tensors in a function's arguments or result, in order, within tuples, lists and dictionaries."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (tuple, list)):

@@ -36,7 +36,7 @@ from art_clat.leaderboard.entries import LEADERBOARDS
 from art_clat.models import recipe as recipes
 from art_clat.models.backbones import remake
 from art_clat.models.recipe import BackboneRecipe, Call
-from art_clat.utils.randomness import own_randomness
+from art_clat.utils.randomness import seeded_randomness
 from art_clat.utils.robustbench_import import robustbench_utils
 
 #: Packages that a definition may import from: those that RobustBench needs anyway.
@@ -170,7 +170,7 @@ def _recipe_of(make: Callable[..., nn.Module], arguments: Mapping[str, object]) 
     """Return a recipe that makes the network and that RobustBench can follow; `None` if there is none."""
     if _is_known(create := Call(make, (), arguments)):
         return BackboneRecipe(create)
-    with own_randomness(0, torch.device("cpu")):
+    with seeded_randomness(0, torch.device("cpu")):
         made = make(**arguments)
         recipe = getattr(made, "recipe", None)
         if not isinstance(recipe, BackboneRecipe) or not all(map(_is_known, (recipe.create, *recipe.adaptations))):

@@ -14,14 +14,7 @@ from art_clat.layers.kinds import is_weighted_model
 
 
 def check_classifier(classifier: object, *, needs_optimizer: bool) -> None:
-    """
-    Refuse what is not a trainable ART PyTorch classifier.
-
-    :param classifier: What the user passed.
-    :param needs_optimizer: Whether it is going to be trained.
-    :raises TypeError: If it is not a ``PyTorchClassifier``.
-    :raises ValueError: If it has no optimiser but needs one, or no weighted layer.
-    """
+    """Refuse what is not an ART PyTorch classifier with weighted layers, and with an optimiser if it needs one."""
     if not isinstance(classifier, PyTorchClassifier):
         raise TypeError(
             "`classifier` must be an ART PyTorchClassifier (art.estimators.classification), "
@@ -29,11 +22,14 @@ def check_classifier(classifier: object, *, needs_optimizer: bool) -> None:
         )
     if needs_optimizer and classifier.optimizer is None:
         raise ValueError(
-            "`classifier` has no optimizer: pass `optimizer=torch.optim.SGD(model.parameters(), ...)`, or another, "
-            "to PyTorchClassifier."
+            "`classifier` has no optimizer: pass one to PyTorchClassifier, such as "
+            "`optimizer=torch.optim.SGD(model.parameters(), ...)`."
         )
     if needs_optimizer and isinstance(classifier.optimizer, torch.optim.LBFGS):
-        raise ValueError("`classifier` has the optimizer LBFGS, which wants to evaluate the loss itself.")
+        raise ValueError(
+            "`classifier` has the optimizer LBFGS, which evaluates the loss several times a step; use one that takes "
+            "gradients, such as SGD or Adam."
+        )
     if not is_weighted_model(classifier.model):
         raise ValueError(
             "`classifier.model` has no weighted layer: it needs at least one module with a weight of two or more "
@@ -42,51 +38,34 @@ def check_classifier(classifier: object, *, needs_optimizer: bool) -> None:
 
 
 def check_attack(attack: object, classifier: PyTorchClassifier, *, argument: str) -> None:
-    """
-    Refuse what is not an untargeted ART evasion attack on this classifier.
-
-    :param attack: What the user passed.
-    :param classifier: The classifier it must be bound to.
-    :param argument: The name of the argument, for the message.
-    :raises TypeError: If it is not an ``EvasionAttack``.
-    :raises ValueError: If it is targeted, bound to another classifier, or has one ε a sample.
-    """
+    """Refuse what is not an untargeted ART evasion attack, with one ε for all samples, on this classifier."""
     if isinstance(attack, type) and issubclass(attack, EvasionAttack):
-        raise TypeError(f"`{argument}` is the class {attack.__name__}; an instance is needed, {attack.__name__}(...).")
+        raise TypeError(f"`{argument}` is the class {attack.__name__}; pass an instance, {attack.__name__}(...).")
     if not isinstance(attack, EvasionAttack):
         raise TypeError(
             f"`{argument}` must be an ART EvasionAttack, got {type(attack).__module__}.{type(attack).__qualname__}."
         )
     name = type(attack).__name__
-    # Some of ART's attacks (APGD with a loss) wrap the classifier they are given in one of their own.
+    # Some of ART's attacks (APGD with a loss) wrap the classifier that they get in another one.
     if attack.estimator is not classifier and getattr(attack.estimator, "model", None) is not classifier.model:
         raise ValueError(
-            f"`{argument}`: {name} is bound to another classifier; build it on the classifier that is trained, "
-            f"{name}(classifier, ...)."
+            f"`{argument}`: {name} is bound to another classifier; build it on `classifier`, {name}(classifier, ...)."
         )
     if getattr(attack, "targeted", False):
-        raise ValueError(f"`{argument}`: {name} is targeted; an untargeted attack (`targeted=False`) is needed.")
+        raise ValueError(f"`{argument}`: {name} is targeted; pass an untargeted attack (`targeted=False`).")
     eps = getattr(attack, "eps", None)
     if isinstance(eps, np.ndarray) and eps.ndim > len(classifier.input_shape) and eps.shape[0] != 1:
         raise ValueError(
-            f"`{argument}`: {name} has an `eps` of shape {eps.shape}, one value a sample; a scalar or an array that "
-            f"broadcasts to one input of shape {tuple(classifier.input_shape)} is accepted."
+            f"`{argument}`: {name} has an `eps` of shape {eps.shape}, one value a sample; pass a scalar or an array "
+            f"that broadcasts to one input of shape {tuple(classifier.input_shape)}."
         )
 
 
 def check_attacks(attacks: object, classifier: PyTorchClassifier) -> list[EvasionAttack]:
-    """
-    Refuse anything but attacks on this classifier.
-
-    :param attacks: What the user passed: an attack, or several.
-    :param classifier: The classifier they must be bound to.
-    :return: The attacks, at least one.
-    :raises TypeError: If one is not an ``EvasionAttack``.
-    :raises ValueError: If there is none, or as :func:`check_attack`.
-    """
+    """Return the attacks of a list, or a single attack as a list; each must be as in :func:`check_attack`."""
     listed: list[EvasionAttack] = list(attacks) if isinstance(attacks, (list, tuple)) else [attacks]
     if not listed:
-        raise ValueError("`attacks` is empty; at least one attack is needed.")
+        raise ValueError("`attacks` is empty; pass at least one attack.")
     for attack in listed:
         check_attack(attack, classifier, argument="attacks")
     return listed
@@ -101,36 +80,30 @@ def check_data(
     label_argument: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Check inputs and labels and give them as tensors; the arrays are left as they are.
+    Check inputs and labels and return them as tensors; the arrays are not modified.
 
-    :param classifier: The classifier they are for.
-    :param x: Inputs, shape (n, *input_shape), floating point.
-    :param y: Index labels, shape (n,) or (n, 1), or class probabilities (one-hot labels), shape (n, nb_classes).
-    :param argument: Name of `x`, for messages.
-    :param label_argument: Name of `y`, for messages.
-    :return: Inputs, float32, and labels: int64 of shape (n,), or float32 of shape (n, nb_classes) where they are
-             probabilities other than zero and one.
-    :raises ValueError: If they are empty, of different length or wrong shape, not floating point, not finite, outside
-            ``clip_values``, or labels are no classes of the classifier.
+    Inputs become float32, shape (n, *input_shape). Labels become int64, shape (n,); only probabilities other than 0 and
+    1 stay float32, shape (n, nb_classes).
     """
     x, y = np.asarray(x), np.asarray(y)
     if x.shape == tuple(classifier.input_shape):
-        raise ValueError(f"`{argument}` is one input of shape {x.shape}; a batch is needed, `{argument}[None]`.")
+        raise ValueError(f"`{argument}` is one input of shape {x.shape}; a batch is needed: `{argument}[None]`.")
     if len(x.shape) == 0 or len(x) == 0:
-        raise ValueError(f"`{argument}` is empty; at least one input is needed.")
+        raise ValueError(f"`{argument}` is empty; pass at least one input.")
     if y.ndim == 0 or len(x) != len(y):
         raise ValueError(
             f"`{argument}` and `{label_argument}` differ in length: {len(x)} and {len(y) if y.ndim else 'none'}."
         )
     if not np.issubdtype(x.dtype, np.floating):
         raise ValueError(
-            f"`{argument}` must be floating point, got {x.dtype}; images of 0…255 become `x.astype(np.float32) / 255`."
+            f"`{argument}` must be floating point, got {x.dtype}; convert images in 0…255 by "
+            "`x.astype(np.float32) / 255`."
         )
     if x.shape[1:] != tuple(classifier.input_shape):
         raise ValueError(
             f"`{argument}` has inputs of shape {x.shape[1:]}, the classifier takes {tuple(classifier.input_shape)}."
         )
-    with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is refused as such
+    with np.errstate(over="ignore"):  # a number too large for float32 becomes infinite and is refused below
         x = x.astype(np.float32, copy=False)
     if not np.isfinite(x).all():
         bad = int((~np.isfinite(x)).reshape(len(x), -1).any(axis=1).sum())
@@ -140,23 +113,15 @@ def check_data(
         if (x < low).any() or (x > high).any():
             raise ValueError(
                 f"`{argument}` lies in [{x.min():.6g}, {x.max():.6g}], outside the classifier's clip_values "
-                f"[{low.min():.6g}, {high.max():.6g}]."
+                f"[{low.min():.6g}, {high.max():.6g}]. Scale the inputs, or change `clip_values`."
             )
-    if not x.flags.writeable or min(x.strides) < 0:  # a memory map, say, or a flipped view: torch takes neither
+    if not x.flags.writeable or min(x.strides) < 0:  # torch takes neither a read-only memory map nor a flipped view
         x = x.copy()
     return torch.as_tensor(x), check_labels(y, int(classifier.nb_classes), argument=label_argument)
 
 
 def check_labels(y: npt.NDArray[np.generic], nb_classes: int, *, argument: str) -> torch.Tensor:
-    """
-    Check labels and give them as a tensor.
-
-    :param y: As in :func:`check_data`.
-    :param nb_classes: Number of classes.
-    :param argument: Name of `y`, for messages.
-    :return: As in :func:`check_data`.
-    :raises ValueError: If they are no labels of these classes.
-    """
+    """Check labels and return them as a tensor, see :func:`check_data`."""
     y = np.asarray(y)
     if y.dtype.kind not in "biuf":
         raise ValueError(f"`{argument}` must hold numbers, 0…{nb_classes - 1}, got {y.dtype}.")
@@ -165,7 +130,7 @@ def check_labels(y: npt.NDArray[np.generic], nb_classes: int, *, argument: str) 
     if y.ndim == 1:
         values = y.astype(np.float64)
         if not np.isfinite(values).all() or (values != np.round(values)).any():
-            raise ValueError(f"`{argument}` holds labels that are no whole numbers; 0…{nb_classes - 1} are accepted.")
+            raise ValueError(f"`{argument}` holds labels that are not whole numbers; 0…{nb_classes - 1} are accepted.")
         if values.min() < 0 or values.max() >= nb_classes:
             raise ValueError(
                 f"`{argument}` holds labels from {int(values.min())} to {int(values.max())}; the classifier has "
@@ -179,7 +144,7 @@ def check_labels(y: npt.NDArray[np.generic], nb_classes: int, *, argument: str) 
         )
     values = y.astype(np.float32)
     if not np.isfinite(values).all() or (values < 0).any() or not np.allclose(values.sum(axis=1), 1, atol=1e-4):
-        raise ValueError(f"`{argument}` has rows that are no class probabilities: non-negative values with sum 1.")
+        raise ValueError(f"`{argument}` has rows that are not class probabilities, which are at least 0 and sum to 1.")
     one_hot = bool(((values == 0) | (values == 1)).all())
     return torch.as_tensor(values.argmax(axis=1) if one_hot else values)
 
@@ -187,13 +152,7 @@ def check_labels(y: npt.NDArray[np.generic], nb_classes: int, *, argument: str) 
 def check_optimizer_holds(
     optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, torch.nn.Parameter]]
 ) -> None:
-    """
-    Refuse trainable parameters that the optimiser does not hold: they would silently never train.
-
-    :param optimizer: The classifier's optimiser.
-    :param named_parameters: Layer names and their parameters.
-    :raises ValueError: If one is missing.
-    """
+    """Refuse trainable parameters that the optimiser does not hold; they would silently never train."""
     held = {p for group in optimizer.param_groups for p in group["params"]}
     trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
     missing = list(dict.fromkeys(name for name, p in trainable if p not in held))

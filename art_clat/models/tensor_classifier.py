@@ -27,11 +27,12 @@ from art_clat.utils.processes import Ranks
 
 class TensorClassifier:
     """
-    An ART classifier as functions of tensors: inputs, labels, logits and losses on its device.
+    An ART classifier as functions of tensors on its device: logits, losses and labels.
 
-    :param estimator: Any ``PyTorchClassifier``, its Hugging Face subclass included.
-    :param performance: How the forward passes are computed.
-    :param ranks: The processes that share the batches. BatchNorms in training take their statistics over all of them.
+    :param estimator: A ``PyTorchClassifier``; its Hugging Face subclass too.
+    :param performance: How forward passes are computed.
+    :param ranks: The processes that share the batches. BatchNorms in training mode take their statistics over all of
+           them.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class TensorClassifier:
         self.device = torch.device(estimator.device)
         self.nb_classes = int(estimator.nb_classes)
         self._factors: Factors | None = None
-        # Also those of other classes that come down to torch's function.
+        # Norms of other libraries too: they call torch's function.
         self._has_norms = any(hasattr(module, "running_mean") for module in self.model.modules())
         self._recurrent = [module for module in self.model.modules() if isinstance(module, nn.RNNBase)]
         #: Whether an input gradient flows through the preprocessing.
@@ -58,14 +59,14 @@ class TensorClassifier:
             if clip is None
             else tuple(torch.as_tensor(np.asarray(c, np.float32), device=self.device) for c in clip)
         )
-        # ART's own wrapper of a plain network would keep every intermediate result of an `nn.Sequential`.
+        # A plain network runs without ART's wrapper, which keeps every intermediate result of an `nn.Sequential`.
         is_plain = type(estimator._model).__module__ == PyTorchClassifier.__module__
         self._wrapped: nn.Module = estimator._model
         self._run: Callable[[torch.Tensor], torch.Tensor] = self.model if is_plain else lambda x: self._wrapped(x)[-1]
         self._compiled: Callable[[torch.Tensor], torch.Tensor] | None = (
             torch.compile(self._run, dynamic=False) if performance.compile else None
         )
-        # Whether the loss takes index labels, which ART would make of one-hot ones, waiting for the device.
+        # Whether the loss takes index labels. ART would convert one-hot labels to them, and wait for the device.
         indices = torch.arange(self.nb_classes, device=self.device)
         reduced = estimator.reduce_labels(self.one_hot(indices))
         self._takes_indices = reduced.dtype == indices.dtype and torch.equal(reduced, indices)
@@ -73,9 +74,9 @@ class TensorClassifier:
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """
-        Compute the network's output, through the preprocessing that ART applies at prediction.
+        Compute the network's output, with the preprocessing that ART applies at prediction.
 
-        :param x: Inputs as the user gives them, shape (batch, *input_shape).
+        :param x: Inputs before preprocessing, shape (batch, *input_shape).
         :return: Shape (batch, nb_classes).
         """
         x, _ = self._preprocess(x, None, fit=False)
@@ -83,12 +84,12 @@ class TensorClassifier:
 
     def loss(self, x: torch.Tensor, y: torch.Tensor, *, fit: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Compute the classifier's own loss, and the logits it was computed from.
+        Compute the classifier's loss, and the logits it was computed from.
 
-        :param x: Inputs, shape (batch, *input_shape).
+        :param x: Inputs before preprocessing, shape (batch, *input_shape).
         :param y: Index labels, shape (batch,), or class probabilities, shape (batch, nb_classes).
-        :param fit: Apply the preprocessing that ART applies in training, not that of prediction.
-        :return: The loss, reduced as the classifier's loss does, and logits of shape (batch, nb_classes).
+        :param fit: Apply the preprocessing of training instead of prediction.
+        :return: The loss, with the classifier's reduction, and logits of shape (batch, nb_classes).
         """
         if self._only_standardises():
             x, labels = self._preprocess(x, None, fit=fit)[0], self._labels(y)
@@ -101,13 +102,15 @@ class TensorClassifier:
 
     def loss_on(self, y: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         """
-        Return the classifier's own loss as a function of the inputs only, for an attack on the network's output.
+        Return the classifier's loss as a function of the inputs, for an attack on the network's output.
 
-        :param y: Labels, as in :meth:`loss`.
-        :return: A function of inputs of shape (batch, *input_shape); it prepares the labels once, not at every call.
+        The labels are prepared once, not in every step.
+
+        :param y: Index labels, shape (batch,), or class probabilities, shape (batch, nb_classes).
+        :return: A function of inputs of shape (batch, *input_shape).
         """
         if not self._only_standardises():
-            return lambda x: self.loss(x, y)[0]  # preprocessing may change labels along with inputs
+            return lambda x: self.loss(x, y)[0]  # preprocessing may change labels too
         labels = self._labels(y)
 
         def loss(x: torch.Tensor) -> torch.Tensor:
@@ -119,7 +122,7 @@ class TensorClassifier:
 
     def one_hot(self, y: torch.Tensor) -> torch.Tensor:
         """
-        Return labels as ART's own methods expect them.
+        Return labels as ART's methods expect them.
 
         :param y: Index labels, shape (batch,), or class probabilities, shape (batch, nb_classes).
         :return: Shape (batch, nb_classes), float32.
@@ -128,9 +131,9 @@ class TensorClassifier:
 
     def find_layers(self, x: torch.Tensor, options: LayerOptions = LayerOptions()) -> list[Layer]:
         """
-        Find the network's layers in execution order.
+        Find the network's layers, in execution order.
 
-        :param x: At least one input, shape (batch, *input_shape).
+        :param x: Inputs, shape (batch, *input_shape); only the first one is used.
         :param options: What counts as one layer.
         :return: The layers; with ``freeze_norms`` without their norms.
         :raises ValueError: If the network is compiled or recomputes activations, or the granularity does not fit it.
@@ -139,12 +142,12 @@ class TensorClassifier:
             if isinstance(getattr(module, "_orig_mod", None), nn.Module):
                 raise ValueError(
                     f"`classifier.model`: {name or 'it'} has been through `torch.compile`, which hides its layers: "
-                    "give ART the network as it was before, and `compile=True` to the trainer."
+                    "pass ART the original network, and `performance=PerformanceOptions(compile=True)` to the trainer."
                 )
             if getattr(module, "grad_checkpointing", False):
                 raise ValueError(
-                    f"`classifier.model`: {name or 'it'} recomputes its activations, which gives attacks no input "
-                    "gradient: call `set_grad_checkpointing(False)`."
+                    f"`classifier.model`: {name or 'it'} recomputes its activations, so attacks get no input gradient: "
+                    "call `set_grad_checkpointing(False)`."
                 )
         one = x[:1].to(self.device)
         with evaluation_mode(self.model):
@@ -160,11 +163,7 @@ class TensorClassifier:
         return layers
 
     def in_float32(self) -> TensorClassifier:
-        """
-        Return this classifier without mixed precision.
-
-        :return: The same network; the same object where nothing changes.
-        """
+        """Return this classifier without mixed precision; the network is shared."""
         if not self.performance.amp:
             return self
         other = copy.copy(self)
@@ -180,28 +179,22 @@ class TensorClassifier:
         return output.float() if self.performance.amp else output
 
     def batch_norms(self) -> AbstractContextManager[object]:
-        """
-        Return the context in which the BatchNorms of a forward pass are computed.
-
-        :return: One that does nothing if the network has none.
-        """
+        """Return the context in which the BatchNorms of a forward pass are computed."""
         return BatchNorms(self.ranks, self._factors) if self._has_norms else nullcontext()
 
     def recurrent_layers(self) -> AbstractContextManager[object]:
         """
         Return the context in which the recurrent layers of a forward pass are computed.
 
-        Attacks, selection and the second stage take gradients in evaluation mode, which cuDNN refuses of a recurrent
-        layer.
-
-        :return: One that does nothing if no recurrent layer is in evaluation mode, or no gradient is recorded.
+        Attacks, selection and the second stage take gradients in evaluation mode, in which cuDNN's recurrent layers
+        have none.
         """
         in_evaluation = any(not module.training for module in self._recurrent)
         return WithoutCudnn() if in_evaluation and torch.is_grad_enabled() else nullcontext()
 
     @contextmanager
     def attacked(self) -> Iterator[None]:
-        """Run the network as attacks do: in evaluation mode, and its weights frozen, so that no gradient is theirs."""
+        """Put the network in evaluation mode and freeze its weights in this context, as every attack needs it."""
         with evaluation_mode(self._wrapped), only_trainable(self.model, []):
             self._factors = {}
             try:
@@ -210,7 +203,7 @@ class TensorClassifier:
                 self._factors = None
 
     def _labels(self, y: torch.Tensor) -> torch.Tensor:
-        """Return labels as the loss takes them."""
+        """Return labels in the form that the loss takes."""
         if y.ndim == 1 and self._takes_indices:
             return y
         labels: torch.Tensor = self.estimator.reduce_labels(self.one_hot(y))
@@ -221,12 +214,12 @@ class TensorClassifier:
         return all(isinstance(operation, StandardisationMeanStdPyTorch) for operation in operations)
 
     def _standardise(self, x: torch.Tensor, *, fit: bool) -> torch.Tensor:
-        """Do what ART's standardisation does, with its constants on the device; never in place."""
+        """Standardise as ART does, with the constants on the device, and never in place."""
         standard = x
         for operation in self.estimator.preprocessing_operations:
             applied = operation.apply_fit if fit else operation.apply_predict
             if not applied or (np.all(operation.mean == 0) and np.all(operation.std == 1)):
-                continue  # by 0 and 1 where nobody asked for one
+                continue  # ART's default: mean 0, deviation 1
             key = (operation.mean.tobytes(), operation.std.tobytes())
             if key not in self._standardisations:
                 constants = broadcastable_mean_std(x, operation.mean, operation.std)
@@ -235,7 +228,7 @@ class TensorClassifier:
                 ]
             mean, std = self._standardisations[key]
             standard = (standard - mean) / std
-        return x.clone() if standard is x else standard  # a network may begin with an in-place operation
+        return x.clone() if standard is x else standard  # the network may begin with an in-place operation
 
     def _preprocess(self, x: torch.Tensor, y: torch.Tensor | None, *, fit: bool) -> tuple[torch.Tensor, torch.Tensor]:
         if self._only_standardises():
@@ -250,12 +243,7 @@ class TensorClassifier:
 
 @contextmanager
 def channels_last(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
-    """
-    Store convolution weights and their momentum with channels last in this context, and as before on leaving.
-
-    :param model: The network.
-    :param optimizer: Its optimiser, or `None`.
-    """
+    """Store convolution weights and their momentum with channels last in this context, and as before on leaving."""
     state = {} if optimizer is None else optimizer.state
     strides = [(p, p.stride()) for p in model.parameters() if p.ndim == 4]
     try:
@@ -270,7 +258,7 @@ def channels_last(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> 
 def _restride(
     parameter: nn.Parameter, state: Mapping[torch.Tensor, dict[str, object]], stride: tuple[int, ...]
 ) -> None:
-    """Store a parameter, and what its optimiser keeps of the same shape, in another order."""
+    """Change the memory format of a parameter, and of its optimiser state of the same shape."""
 
     def restrided(tensor: torch.Tensor) -> torch.Tensor:
         stored = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)

@@ -35,7 +35,7 @@ from art_clat.robustness.target import Target
 from art_clat.utils.descriptions import fingerprint
 from art_clat.utils.modes import evaluation_mode
 from art_clat.utils.processes import Ranks
-from art_clat.utils.randomness import own_randomness, reseed
+from art_clat.utils.randomness import reseed, seeded_randomness
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ def evaluate_robustness(
 def _ready_to_attack(targets: Sequence[Target], seed: int) -> Iterator[None]:
     """Put networks in evaluation mode, without gradients, and seed; restore modes and generators afterwards."""
     with ExitStack() as stack:
-        stack.enter_context(own_randomness(seed, targets[0].device))
+        stack.enter_context(seeded_randomness(seed, targets[0].device))
         for target in targets:
             stack.enter_context(evaluation_mode(target.model))
             stack.enter_context(only_trainable(target.model, []))

@@ -1,4 +1,4 @@
-"""Take as many of the best layers as a budget pays for."""
+"""Take the best layers within a budget."""
 
 from __future__ import annotations
 
@@ -10,14 +10,10 @@ from art_clat.layers.layer import Layer
 
 def take_layers(budget: Budget, ranked: Sequence[Layer], *, nb_layers: int, nb_parameters: int) -> list[Layer]:
     """
-    Take the best layers that a budget pays for.
+    Take the best layers within a budget; `ranked` lists the candidates, best first.
 
-    :param budget: The budget.
-    :param ranked: The layers to take from, best first.
-    :param nb_layers: Number of all layers of the network.
-    :param nb_parameters: Number of the network's scalar parameters.
-    :return: Those taken, best first. At least one for ``share`` and ``count``; none if not even the smallest fits into
-             ``parameter_share``.
+    ``share`` and ``count`` take at least one layer. ``parameter_share`` may take none: it passes over each layer that
+    would exceed it.
     """
     if budget.count is not None:
         return list(ranked[: budget.count])
@@ -33,17 +29,10 @@ def take_layers(budget: Budget, ranked: Sequence[Layer], *, nb_layers: int, nb_p
 
 
 def check_budget(budget: Budget, eligible: Sequence[Layer], nb_parameters: int) -> None:
-    """
-    Refuse a budget that pays for no layer.
-
-    :param budget: The budget.
-    :param eligible: The layers that may be chosen.
-    :param nb_parameters: Number of the network's scalar parameters.
-    :raises ValueError: If the smallest layer exceeds the share of the parameters.
-    """
+    """Refuse a ``parameter_share`` that even the smallest eligible layer exceeds."""
     smallest = min(eligible, key=lambda layer: layer.nb_parameters)
     if budget.parameter_share is not None and smallest.nb_parameters > budget.parameter_share * nb_parameters:
         raise ValueError(
             f"`budget` {budget} pays for no layer: the smallest that may be chosen, {smallest.name}, has "
-            f"{smallest.nb_parameters:,} parameters."
+            f"{smallest.nb_parameters:,} of {nb_parameters:,} parameters. Use a larger share."
         )

@@ -23,14 +23,14 @@ class Candidates:
     """
     What a rule may look at to score layers.
 
-    :param classifier: The classifier, whose weights a rule leaves as they are.
+    :param classifier: The classifier. A rule must leave its weights unchanged.
     :param layers: All layers, in execution order.
-    :param eligible: Those that may be chosen.
+    :param eligible: The layers that may be chosen.
     :param batches: Training samples drawn for the selection.
     :param attack: The trainer's first attack.
     :param seed: Seed of the run.
-    :param round: Number of the selection within the run, counted from 0.
-    :param predecessor: As in :class:`art_clat.LayerOptions`.
+    :param round: Number of the selection within the run, from 0.
+    :param predecessor: What ``F_{i−1}`` of eq. 3 is, see :class:`art_clat.LayerOptions`.
     """
 
     classifier: TensorClassifier
@@ -44,12 +44,12 @@ class Candidates:
 
     @cached_property
     def criticality(self) -> Criticality:
-        """The criticality of every layer, measured once."""
+        """The criticality of every layer; measured on first use."""
         return measure(self.classifier, self.layers, self.batches, self.attack, predecessor=self.predecessor)
 
     @cached_property
     def adversarial(self) -> list[tuple[Batch, torch.Tensor]]:
-        """The samples on the network's device, batch by batch, with their adversarial examples."""
+        """The batches on the network's device, each with its adversarial examples; made on first use."""
         here = [batch.to(self.classifier.device) for batch in self.batches if len(batch)]
         return [(batch, self.attack(batch)) for batch in here]
 
@@ -57,9 +57,9 @@ class Candidates:
         """
         Compute the gradient of the mean loss over the samples, with the network in evaluation mode.
 
-        :param parameters: Of which parameters; zero for those the loss does not depend on.
-        :param adversarial: On the adversarial examples, or on the samples as they are.
-        :return: One gradient a parameter; on several processes the mean over all of them.
+        :param parameters: The parameters to differentiate by.
+        :param adversarial: Use the adversarial examples instead of the clean samples.
+        :return: One gradient a parameter, zero if the loss does not depend on it; the mean over all processes.
         """
         sums = [torch.zeros_like(parameter) for parameter in parameters]
         with self._needing_gradients(parameters):
@@ -73,9 +73,9 @@ class Candidates:
 
     def adversarial_loss(self) -> float:
         """
-        Compute the mean loss on the adversarial examples, with the weights as they are at the moment.
+        Compute the mean loss on the adversarial examples with the current weights, in evaluation mode.
 
-        :return: The loss; on several processes over the samples of all.
+        :return: The mean over the samples of all processes.
         """
         total = torch.zeros((), device=self.classifier.device)
         with torch.no_grad(), evaluation_mode(self.classifier.model):
@@ -90,9 +90,9 @@ class Candidates:
 
     @contextmanager
     def _needing_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
-        """Have some parameters, and no others, need gradients, with the network in evaluation mode."""
+        """Turn gradients on for some parameters and off for all others, with the network in evaluation mode."""
         model = self.classifier.model
-        with evaluation_mode(model), only_trainable(model, []):  # puts the flags back
+        with evaluation_mode(model), only_trainable(model, []):  # which restores the flags
             for parameter in parameters:
                 parameter.requires_grad_(True)
             yield

@@ -15,33 +15,24 @@ from art_clat.selection.candidates import Candidates
 
 
 def check_names(selection: object, eligible: Sequence[Layer]) -> None:
-    """
-    Refuse names of layers that may not be chosen.
-
-    :param selection: What the user passed; anything but a list of names is left alone.
-    :param eligible: The layers that may be chosen.
-    :raises ValueError: If there is such a name.
-    """
+    """Refuse names of layers that may not be chosen; a `selection` that is not a list of names passes."""
     known = [layer.name for layer in eligible]
     names = selection if isinstance(selection, (list, tuple)) else ()
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(
-            f"`selection` names {', '.join(unknown)}, no layer(s) that may be chosen; those are {', '.join(known)}."
+            f"`selection` names {', '.join(unknown)}, which cannot be chosen; the layers that can be are "
+            f"{', '.join(known)}."
         )
 
 
 def eligible_layers(layers: Sequence[Layer], *, head_eligible: bool) -> list[Layer]:
     """
-    Return the layers that may be chosen: those with a parameter that its owner has not frozen, usually not the head.
+    Return the layers that may be chosen: those with a parameter that the user did not freeze, and the head only if
+    asked.
 
-    Eq. 2 divides by the number of elements of a feature, and a norm grows only with its root: the head, with as few
-    outputs as classes, would win by its narrowness alone, and training it alone gains nothing.
-
-    :param layers: All layers, in execution order.
-    :param head_eligible: Whether the head may be chosen too.
-    :return: A part of `layers`.
-    :raises ValueError: If none is left.
+    Eq. 2 divides by a feature's number of elements, but a norm grows only with its square root. The head has as few
+    outputs as there are classes, so it would win for its width, and training the head alone gains nothing.
     """
     eligible = [
         layer
@@ -51,42 +42,33 @@ def eligible_layers(layers: Sequence[Layer], *, head_eligible: bool) -> list[Lay
     if not eligible:
         raise ValueError(
             "`classifier.model` has no layer to choose from: every layer is frozen (`requires_grad=False`) or is the "
-            f"classifier head, with `head_eligible={head_eligible}`."
+            f"classifier head, and `head_eligible` is {head_eligible}. Unfreeze a layer, or pass "
+            "`layers=LayerOptions(head_eligible=True)`."
         )
     return eligible
 
 
 class Choice(NamedTuple):
-    """
-    What a rule chose.
-
-    :param layers: The chosen layers, in execution order.
-    :param scores: The rule's score of every layer of the network, in execution order.
-    """
+    """The layers that a rule chose, and its scores of all layers, both in execution order."""
 
     layers: list[Layer]
     scores: list[float]
 
 
 def choose(rule: Callable[[Candidates], Sequence[float]], candidates: Candidates, budget: Budget) -> Choice:
-    """
-    Choose layers by a rule, within a budget.
-
-    :param rule: The rule.
-    :param candidates: What it chooses from.
-    :param budget: How many.
-    :return: The chosen layers; of equal scores the earlier layer wins.
-    :raises ValueError: If the rule gives another number of scores, or no eligible layer that fits a score.
-    """
+    """Choose layers by a rule within a budget; of equal scores the earlier layer wins."""
     layers, eligible, classifier = candidates.layers, set(candidates.eligible), candidates.classifier
     scored = torch.tensor([float(score) for score in rule(candidates)], dtype=torch.float64, device=classifier.device)
     if len(scored) != len(layers):
-        raise ValueError(f"`selection`: the rule gave {len(scored)} scores for {len(layers)} layers.")
+        raise ValueError(
+            f"`selection`: the rule returned {len(scored)} scores for {len(layers)} layers; it must return one a layer."
+        )
     scores = dict(zip(layers, classifier.ranks.first(scored).tolist(), strict=True))
     usable = [layer for layer in layers if layer in eligible and scores[layer] > -math.inf]
     if not usable:
         raise ValueError(
-            "No layer has a finite score: the perturbation reaches none of their features, or the rule scores none."
+            "`selection`: no layer that may be chosen has a score; all are NaN or minus infinity. The rule returns no "
+            "others, or the attack changes no feature."
         )
     always = [layer for layer in usable if scores[layer] == math.inf]
     ranked = sorted((layer for layer in usable if layer not in always), key=lambda layer: scores[layer], reverse=True)
@@ -95,6 +77,7 @@ def choose(rule: Callable[[Candidates], Sequence[float]], candidates: Candidates
     chosen = {*always, *paid}
     if not chosen:
         raise ValueError(
-            f"`budget`: no layer that the rule scores fits into {budget.parameter_share:g} of the parameters."
+            f"`budget`: no layer that the rule scores fits into {budget.parameter_share:g} of the parameters. Use a "
+            "larger share."
         )
     return Choice([layer for layer in layers if layer in chosen], list(scores.values()))

@@ -22,7 +22,7 @@ from art_clat.models.tensor_classifier import TensorClassifier
 from art_clat.utils.batch import Batch
 from art_clat.utils.checks import check_seed, check_whole
 from art_clat.utils.modes import evaluation_mode
-from art_clat.utils.randomness import own_randomness
+from art_clat.utils.randomness import seeded_randomness
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,15 +35,15 @@ class LayerCriticality:
 
     :param name: Name of the layer's weighted module, as in ``classifier.model.named_modules()``, or of the block.
     :param weakness: ε-weakness ``W_ε(F_i)``, eq. 2.
-    :param criticality: Criticality index ``C_i = W_ε(F_i) / W_ε(F_{i−1})``, eq. 3; NaN where the predecessor has
-           weakness zero.
+    :param criticality: Criticality index ``C_i = W_ε(F_i) / W_ε(F_{i−1})``, eq. 3; NaN if the predecessor's weakness is
+           zero.
     :param relative_error: ``R_i = E[‖F_i(x+δ) − F_i(x)‖_2 / ‖F_i(x)‖_2]``, the relative error of LSA (arXiv
-           2202.02626). Neither the number nor the scale of a layer's outputs changes it.
-    :param relative_criticality: ``R_i / R_{i−1}``, the index free of scale: how much a layer amplifies a relative
-           perturbation; NaN where the layer before has none.
+           2202.02626). It depends neither on the number nor on the scale of a layer's outputs.
+    :param relative_criticality: ``R_i / R_{i−1}``, how much a layer amplifies a relative perturbation; NaN if the
+           predecessor's relative error is zero.
     :param nb_parameters: Number of the layer's scalar parameters, those of its norm included.
     :param shape: Shape of one sample's feature.
-    :param is_head: Whether the layer gives the class scores.
+    :param is_head: Whether the layer computes the class scores.
     """
 
     name: str
@@ -59,11 +59,11 @@ class LayerCriticality:
 @dataclass(frozen=True)
 class Criticality(Sequence[LayerCriticality]):
     """
-    The layers of a network in execution order, with their weakness and criticality. Prints as a table.
+    The layers of a network in execution order, with their weakness and criticality. ``print`` shows a table.
 
     :param layers: One entry a layer.
-    :param input_weakness: ``W_ε(F_0)``, the weakness of the input itself.
-    :param nb_samples: How many samples the expectation of eq. 2 was taken over.
+    :param input_weakness: ``W_ε(F_0)``, the weakness of the input.
+    :param nb_samples: Number of samples that the expectation of eq. 2 is taken over.
     """
 
     layers: tuple[LayerCriticality, ...]
@@ -93,10 +93,10 @@ class Criticality(Sequence[LayerCriticality]):
         """
         Draw the criticality of every layer as a bar chart, in execution order.
 
-        Bars start at 1: upwards for a layer that amplifies weakness, downwards for one that damps it. The head's are
-        hatched.
+        Bars begin at 1: a layer that amplifies weakness has a bar upwards, one that damps it a bar downwards. The
+        head's bar is hatched.
 
-        :param ax: Where to draw, or `None` for a new figure.
+        :param ax: Axes to draw on, or `None` for a new figure.
         :return: The axes.
         """
         from art_clat.utils.plots import label_layers, new_axes
@@ -129,14 +129,13 @@ def measure_criticality(
     """
     Measure the ε-weakness and the criticality index of every layer.
 
-    One untargeted attack on the network's output makes one perturbation a sample; one clean and one perturbed forward
-    pass then give the weakness of every layer at once (arXiv 2408.10204, eq. 2 and 3). The supremum of eq. 2 is
-    approximated by that one perturbation, as in the paper. The network runs in evaluation mode and comes back as it
-    was, the global random generators included.
+    One untargeted attack on the network's output makes one perturbation a sample. One clean and one perturbed forward
+    pass then measure the weakness of all layers (arXiv 2408.10204, eq. 2 and 3). This one perturbation stands for the
+    supremum of eq. 2, as in the paper. The network runs in evaluation mode. Its modes and the global random generators
+    are restored afterwards.
 
-    Layers come in execution order. ``F_0`` is the input as the classifier takes it. A feature is what the weighted
-    module returns, whatever activation runs in place on it afterwards. If other modules use a weight without calling
-    its module, the feature is what the function returns that takes it.
+    ``F_0`` is the input as the classifier takes it. A feature is what the weighted module returns, before any in-place
+    activation. If a function takes the weight without the module being called, the feature is the function's result.
 
     Example::
 
@@ -145,19 +144,19 @@ def measure_criticality(
 
     :param classifier: The classifier; it needs no optimiser here.
     :param x: Inputs, shape (n, *input_shape), floating point, within the classifier's ``clip_values``.
-    :param y: Index labels, shape (n,), or one-hot labels, shape (n, nb_classes); `None` for the classifier's own
+    :param y: Index labels, shape (n,), or one-hot labels, shape (n, nb_classes); `None` for the classifier's
            predictions.
     :param attack: An untargeted ART evasion attack on this classifier.
-    :param batch_size: Samples in one forward pass; the result does not depend on it but for the order of sums (and
-           the attack's random start), unless the network itself does: a BatchNorm without running statistics normalises
-           by what is in the pass, clean and perturbed together.
+    :param batch_size: Samples in one forward pass. It changes the result only through the order of sums and the
+           attack's random start. But a BatchNorm without running statistics normalises over each pass, clean and
+           perturbed samples together, and so depends on it.
     :param layers: What counts as one layer: ``"layer"``, ``"block"``, a list of module names and regular expressions,
            or :class:`art_clat.LayerOptions`.
-    :param seed: Seed of the attack's random start.
+    :param seed: Seed of the attack's random start, 0 … 2**32 − 1.
     :return: One entry a layer, in execution order.
-    :raises TypeError: If `classifier` is not a ``PyTorchClassifier`` or `attack` not an evasion attack.
-    :raises ValueError: If the attack is targeted or bound to another classifier, the data are unusable, the network
-            has no weighted layer, `layers` do not fit it, or the attack moved no input.
+    :raises TypeError: If `classifier` is not a ``PyTorchClassifier``, or `attack` is not an evasion attack.
+    :raises ValueError: If the attack is targeted or bound to another classifier, the data are unusable, the network has
+            no weighted layer, `layers` do not fit it, or the attack moved no input.
     """
     check_classifier(classifier, needs_optimizer=False)
     check_attack(attack, classifier, argument="attack")
@@ -167,7 +166,7 @@ def measure_criticality(
     check_seed(seed)
     options = LayerOptions.of(layers)
     tensors = TensorClassifier(classifier)
-    with own_randomness(seed, tensors.device), evaluation_mode(classifier._model):
+    with seeded_randomness(seed, tensors.device), evaluation_mode(classifier._model):
         found = tensors.find_layers(inputs, replace(options, freeze_norms=None))
         batches = [Batch.whole(*pair) for pair in zip(inputs.split(batch_size), labels.split(batch_size), strict=True)]
         if y is None:
@@ -184,14 +183,14 @@ def measure(
     predecessor: str = "execution",
 ) -> Criticality:
     """
-    Measure layers on batches that are already tensors; the core of :func:`measure_criticality`.
+    Measure the criticality of layers on batches of tensors; the core of :func:`measure_criticality`.
 
-    :param classifier: The classifier.
-    :param layers: Its layers in execution order.
-    :param batches: The samples; some may be empty here if several processes share them.
+    :param classifier: The classifier that the layers belong to.
+    :param layers: All its layers, in execution order.
+    :param batches: The samples. A batch may be empty in this process if several share it.
     :param attack: The output attack that makes δ.
-    :param predecessor: As in :class:`art_clat.LayerOptions`.
-    :return: One entry a layer; on several processes the same in all, over the batches of all.
+    :param predecessor: What ``F_{i−1}`` of eq. 3 is, see :class:`art_clat.LayerOptions`.
+    :return: One entry a layer, measured on the batches of all processes; equal in every process.
     :raises ValueError: If the attack moved no input.
     """
     from_inputs = predecessor == "input"
@@ -204,8 +203,8 @@ def measure(
     *totals, moved, moved_relatively, nb_samples = classifier.ranks.first(classifier.ranks.sum(sums)).tolist()
     if moved == 0:
         raise ValueError(
-            "The attack moved no input, so that every weakness is zero: it failed on every sample, or its `eps` or "
-            "`max_iter` is zero."
+            "The attack moved no input, so every weakness is zero: it failed on every sample, or its `eps` or "
+            "`max_iter` is zero. Use a stronger attack."
         )
     absolute, error, *entering = (
         [total / nb_samples for total in totals[first : first + count]] for first in range(0, len(totals), count)
@@ -240,7 +239,7 @@ def measure(
 def _distances(
     classifier: TensorClassifier, features: Features, batch: Batch, x_adv: torch.Tensor, *, from_inputs: bool
 ) -> torch.Tensor:
-    """Return a row a sample: distances of all layers, relative ones, of what enters them, of the inputs; and one."""
+    """Return for every sample: distances of all layers, relative ones, those of their inputs, of the input, and 1."""
     layers, rows = features.layers, []
     chunks = batch.chunks(copies=2)
     for chunk, perturbed in zip(chunks, x_adv.split([len(chunk) for chunk in chunks]), strict=True):
@@ -260,12 +259,12 @@ def _distances(
 
 
 def _ratio(value: float, before: float) -> float:
-    """Divide, with NaN where nothing came before."""
+    """Return the ratio, or NaN if the denominator is not positive."""
     return value / before if before > 0 else math.nan
 
 
 def _with_predictions(classifier: TensorClassifier, batch: Batch) -> Batch:
-    """Put the network's own predictions in place of the labels."""
+    """Replace the labels by the network's predictions."""
     with torch.no_grad():
         predictions = classifier.logits(batch.x.to(classifier.device)).argmax(dim=1)
     return replace(batch, y=predictions)

@@ -14,8 +14,8 @@ from art_clat.selection.candidates import Candidates
 from art_clat.selection.choice import check_names
 from art_clat.utils.checks import check_choice
 
-#: Returns one score a layer, in their order. The eligible layers with the highest are chosen, as many as the budget
-#: pays for; those with infinity whatever the budget, those with NaN or minus infinity never.
+#: A function that returns one score a layer, in execution order. The eligible layers with the highest scores are
+#: chosen, as many as the budget allows. Infinity chooses a layer whatever the budget, NaN and minus infinity never do.
 SelectionRule = Callable[[Candidates], Sequence[float]]
 
 #: The rules by name.
@@ -24,7 +24,7 @@ SELECTION_RULES: dict[str, SelectionRule] = {}
 
 def register_selection_rule(name: str) -> Callable[[SelectionRule], SelectionRule]:
     """
-    Make a rule known by a name, for the trainer's ``selection=``.
+    Register a rule under a name that the trainer's ``selection=`` accepts.
 
     Example::
 
@@ -32,14 +32,18 @@ def register_selection_rule(name: str) -> Callable[[SelectionRule], SelectionRul
         def smallest(candidates):
             return [-layer.nb_parameters for layer in candidates.layers]
 
-    :param name: The name.
+    A rule is a function of :class:`art_clat.Candidates`. It returns one score a layer; the eligible layers with the
+    highest scores are chosen, as many as the budget allows. Infinity chooses a layer whatever the budget, NaN and minus
+    infinity never do.
+
+    :param name: The name; it must not be taken.
     :return: A decorator that returns the rule unchanged.
     :raises ValueError: If the name is taken.
     """
 
     def register(rule: SelectionRule) -> SelectionRule:
         if SELECTION_RULES.get(name, rule) is not rule:
-            raise ValueError(f"There is a selection rule {name!r} already; choose another name.")
+            raise ValueError(f"There is already a selection rule {name!r}; choose another name.")
         SELECTION_RULES[name] = rule
         return rule
 
@@ -48,7 +52,7 @@ def register_selection_rule(name: str) -> Callable[[SelectionRule], SelectionRul
 
 def list_selection_rules() -> list[str]:
     """
-    List the names that the trainer's ``selection=`` accepts.
+    List the rules that the trainer's ``selection=`` accepts by name.
 
     >>> list_selection_rules()[:3]
     ['criticality', 'relative_criticality', 'relative_error']
@@ -59,13 +63,7 @@ def list_selection_rules() -> list[str]:
 
 
 def as_rule(selection: RuleLike) -> SelectionRule:
-    """
-    Return the rule that a user means.
-
-    :param selection: The name of a rule, a function, or names of layers, which are then always chosen.
-    :return: The rule.
-    :raises ValueError: If there is no rule of that name.
-    """
+    """Return the rule that a user names or passes; names of layers become a rule that always chooses these."""
     if isinstance(selection, str):
         check_choice(selection, SELECTION_RULES, argument="selection")
         return SELECTION_RULES[selection]
@@ -80,24 +78,24 @@ def _criticality(candidates: Candidates) -> list[float]:
 
 @register_selection_rule("relative_criticality")
 def _relative_criticality(candidates: Candidates) -> list[float]:
-    """The criticality index of relative errors, which neither width nor scale of a layer changes."""
+    """The index of relative errors: neither the width nor the scale of a layer changes it."""
     return [entry.relative_criticality for entry in candidates.criticality]
 
 
 @register_selection_rule("relative_error")
 def _relative_error(candidates: Candidates) -> list[float]:
-    """The relative error of a layer's features, by which LSA finds vulnerable layers (arXiv 2202.02626)."""
+    """The relative error of a layer's feature, by which LSA finds vulnerable layers (arXiv 2202.02626)."""
     return [entry.relative_error for entry in candidates.criticality]
 
 
-#: Radius of the weight perturbation in RiFT's module robust criticality, relative to the weights' own length, and the
-#: steps of gradient ascent towards the worst one, as in its authors' code.
+#: Radius of the weight perturbation in RiFT's module robust criticality, relative to the length of the weights, and the
+#: steps of gradient ascent towards the worst perturbation; both as in its authors' code.
 MODULE_RADIUS, MODULE_STEPS = 0.1, 10
 
 
 def _loss_rises(candidates: Candidates) -> list[float]:
-    """How far the adversarial loss rises under the worst perturbation of a layer's weights, layer by layer."""
-    before, rises = candidates.adversarial_loss(), []  # ten steps for every layer: by far the dearest rule
+    """Return how much the worst perturbation of each layer's weights raises the adversarial loss."""
+    before, rises = candidates.adversarial_loss(), []  # ten steps a layer: by far the slowest rule
     for layer in candidates.layers:
         if layer not in candidates.eligible:
             rises.append(math.nan)
@@ -122,17 +120,17 @@ def _loss_rises(candidates: Candidates) -> list[float]:
 
 @register_selection_rule("module_robustness_highest")
 def _module_robustness_highest(candidates: Candidates) -> list[float]:
-    """The layers whose module robust criticality (RiFT, arXiv 2308.02533) is highest: the loss depends on them most."""
+    """The layers with the highest module robust criticality (RiFT, arXiv 2308.02533): the loss depends on them most."""
     return _loss_rises(candidates)
 
 
 @register_selection_rule("module_robustness_lowest")
 def _module_robustness_lowest(candidates: Candidates) -> list[float]:
-    """The layers whose module robust criticality is lowest, which RiFT fine-tunes (arXiv 2308.02533)."""
+    """The layers with the lowest module robust criticality, which RiFT fine-tunes (arXiv 2308.02533)."""
     return [-rise for rise in _loss_rises(candidates)]
 
 
-#: Weight of the clean gradient in CURE's prominence; that of the adversarial one is the rest.
+#: Weight of the clean gradient in CURE's prominence. The adversarial gradient has the rest.
 CLEAN_SHARE = 0.1
 
 
@@ -141,8 +139,8 @@ def _gradient_prominence(candidates: Candidates) -> list[float]:
     """
     CURE's robust gradient prominence (arXiv 2401.14948), averaged over a layer's parameters.
 
-    It weighs a parameter's clean and adversarial gradients; here by their magnitude, as a layer's sum of signed ones
-    would cancel.
+    It is the weighted sum of a parameter's clean and adversarial gradients. Here its magnitude is averaged: signed sums
+    would cancel within a layer.
     """
     owned = [layer.parameters() for layer in candidates.layers]
     parameters = list(dict.fromkeys(p for group in owned for p in group))
@@ -156,13 +154,13 @@ def _gradient_prominence(candidates: Candidates) -> list[float]:
 
 @register_selection_rule("random")
 def _random(candidates: Candidates) -> list[float]:
-    """Layers drawn anew at every selection: the control."""
+    """Random layers, drawn anew at every selection: the control."""
     return list(np.random.default_rng([candidates.seed, candidates.round]).uniform(size=len(candidates.layers)))
 
 
 @register_selection_rule("random_fixed")
 def _random_fixed(candidates: Candidates) -> list[float]:
-    """Layers drawn once a run."""
+    """Random layers, drawn once a run."""
     return list(np.random.default_rng([candidates.seed]).uniform(size=len(candidates.layers)))
 
 
@@ -185,6 +183,8 @@ def _all(candidates: Candidates) -> list[float]:
 
 
 def _fixed(names: Sequence[str]) -> SelectionRule:
+    """Return a rule that always chooses the layers of these names, and no others."""
+
     def fixed(candidates: Candidates) -> list[float]:
         check_names(names, candidates.eligible)
         return [math.inf if layer.name in names else -math.inf for layer in candidates.layers]
@@ -194,7 +194,7 @@ def _fixed(names: Sequence[str]) -> SelectionRule:
 
 @contextmanager
 def _put_back(parameters: Sequence[torch.nn.Parameter]) -> Iterator[list[torch.Tensor]]:
-    """Yield copies of parameters, and put these back on leaving."""
+    """Yield copies of parameters, and write these back on leaving."""
     originals = [parameter.detach().clone() for parameter in parameters]
     try:
         yield originals

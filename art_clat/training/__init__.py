@@ -1,1 +1,1 @@
-"""The training loop's parts: objectives, data, history, checkpoints, averages."""
+"""The training loop, its objectives, data, checkpoints and record."""

@@ -13,18 +13,18 @@ from art_clat.utils.weights import load_weights, named_tensors, weights
 
 class Average:
     """
-    Averages parameters and buffers over training, the recent ones weighing more (Polyak averaging).
+    Averages parameters and buffers over the steps of training, the latest weighing most (Polyak averaging).
 
     :param model: The network.
-    :param decay: Weight of the average so far against that of the next step, in [0, 1). In the first steps it is lower,
-           ``(1 + n) / (10 + n)`` after n of them, so that random weights are soon forgotten.
+    :param decay: Weight of the previous average in a step, in [0, 1). After n steps it is at most ``(1 + n) / (10 +
+           n)``, so that the first weights are soon forgotten.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._model = model
         self._decay = decay
         self._tensors = {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()}
-        self._averaged = {  # not a mask of −∞, nor a count
+        self._averaged = {  # neither counts nor masks of −∞, which are copied
             name
             for name, tensor in self._tensors.items()
             if tensor.is_floating_point() and bool(torch.isfinite(tensor).all())
@@ -32,26 +32,16 @@ class Average:
 
     @classmethod
     def of(cls, model: nn.Module, decay: float | None) -> Average | None:
-        """
-        Make an average if one is wanted.
-
-        :param model: The network.
-        :param decay: Its decay, or `None`.
-        :return: The average, or `None`.
-        """
+        """Return an average with this decay; `None` if `decay` is `None`."""
         return None if decay is None else cls(model, decay)
 
     def begin(self) -> None:
-        """Begin with the weights as they are."""
+        """Set the average to the current weights."""
         for name, tensor in named_tensors(self._model).items():
             self._tensors[name].copy_(tensor.detach())
 
     def update(self, step: int) -> None:
-        """
-        Take in the weights as they are.
-
-        :param step: How many were taken in before.
-        """
+        """Move the average towards the current weights; `step` counts the earlier updates."""
         decay = min(self._decay, (1 + step) / (10 + step))
         with torch.no_grad():
             for name, tensor in named_tensors(self._model).items():
@@ -62,35 +52,26 @@ class Average:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Have the network run on the average in this context, and on its own weights afterwards."""
-        own = weights(self._model)
+        """Put the average into the network in this context, and the weights back on leaving."""
+        current = weights(self._model)
         load_weights(self._model, self._tensors)
         try:
             yield
         finally:
-            load_weights(self._model, own)
+            load_weights(self._model, current)
 
     def apply(self) -> None:
         """Put the average into the network."""
         load_weights(self._model, self._tensors)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """
-        Copy the average.
-
-        :return: By name, on the CPU.
-        """
+        """Copy the average to the CPU, by name."""
         return {
             name: tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
             for name, tensor in self._tensors.items()
         }
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        """
-        Go on from what :meth:`state` gave.
-
-        :param state: The copies.
-        :raises KeyError: If one is missing.
-        """
+        """Load what :meth:`state` returned; a KeyError if a tensor is missing."""
         for name, tensor in self._tensors.items():
             tensor.copy_(state[name])

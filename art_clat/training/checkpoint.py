@@ -1,4 +1,4 @@
-"""Saving and resuming a run."""
+"""Save a run and resume it."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from art_clat.utils.weights import load_weights, named_tensors, weights
 @dataclass
 class Progress:
     """
-    Where a run stands, besides its weights.
+    Where a run is, besides its weights.
 
-    :param seed: What everything drawn at random follows from, together with the epoch and the batch.
-    :param epoch: The epoch in progress, counted from 0.
-    :param batch: Its next batch.
+    :param seed: All random numbers follow from it, together with the epoch and the batch.
+    :param epoch: The epoch in progress, from 0.
+    :param batch: Its next batch, from 0.
     :param sums: Sums over the samples of the epoch so far, by name.
     :param seconds: Seconds of training in the epoch so far.
-    :param chosen: Names of the layers that are trained, or `None` for the whole network.
+    :param chosen: Names of the layers that are trained; `None` for the whole network.
     :param history: The record so far.
     """
 
@@ -45,11 +45,7 @@ class Progress:
     history: History = field(default_factory=History)
 
     def begin_epoch(self, epoch: int) -> None:
-        """
-        Go to the first batch of an epoch.
-
-        :param epoch: Its number.
-        """
+        """Go to the first batch of an epoch."""
         self.epoch, self.batch, self.sums, self.seconds = epoch, 0, {}, 0.0
 
 
@@ -58,9 +54,9 @@ class Best:
     """
     The weights of the epoch with the highest robust accuracy on the validation data.
 
-    :param epoch: Which it is.
+    :param epoch: The epoch, from 0.
     :param robust_accuracy: In [0, 1].
-    :param weights: As :func:`weights` gives them.
+    :param weights: Parameters and buffers by name, on the CPU.
     """
 
     epoch: int
@@ -70,17 +66,17 @@ class Best:
 
 class Checkpoint:
     """
-    The folder a run saves itself in: ``last.safetensors`` and, with validation data, ``best.safetensors``.
+    The folder of a run's files: ``last.safetensors`` and, with validation data, ``best.safetensors``.
 
-    Both hold the network's parameters and buffers under their own names, so that
-    ``model.load_state_dict(safetensors.torch.load_file(path), strict=False)`` reads them; the last one also what a run
-    needs to go on. They are written under another name, flushed to the disk and renamed.
+    Both hold the network's parameters and buffers under their names, so
+    ``model.load_state_dict(safetensors.torch.load_file(path), strict=False)`` reads them. The last one also holds what
+    is needed to resume the run. A file is written under another name, flushed to the disk and then renamed.
 
     :param folder: Created if missing.
     :param model: The network.
-    :param optimizer: Its optimiser.
+    :param optimizer: The network's optimiser.
     :param scheduler: The scheduler, or `None`.
-    :param description: What must be the same for a run to be continued: names, and values that JSON can hold.
+    :param description: What must be equal for a run to be resumed; names, and values that JSON can hold.
     :param average: The average of the weights, or `None`.
     """
 
@@ -102,19 +98,18 @@ class Checkpoint:
 
     def prepare(self) -> None:
         """
-        Make sure that the folder can be written to, and clear what a kill has left there.
+        Check that the folder can be written to, and delete what a killed process left there.
 
-        :raises OSError: If it cannot.
+        :raises OSError: If the folder cannot be written to.
         """
         prepare(self.last.parent)
 
     def resume(self) -> Progress | None:
         """
-        Put network, optimiser and scheduler where the checkpoint has them.
+        Load the last checkpoint into network, average, optimiser and scheduler.
 
-        :return: Where the run stands; `None` where there is no checkpoint.
-        :raises ValueError: If the file is damaged, of a newer format, or of a run of another description; nothing is
-                changed then.
+        :return: Where the run is; `None` if there is no checkpoint.
+        :raises ValueError: If the file is damaged, of a newer format, or of another run. Nothing is changed then.
         """
         if not self.last.exists():
             return None
@@ -129,7 +124,7 @@ class Checkpoint:
             expected = named_tensors(self._model).keys()
             if names != expected or (self._average is not None and averages.keys() != expected):
                 raise KeyError("weights")
-        except (KeyError, TypeError, AttributeError) as error:  # it has its checksum, but this package never wrote it
+        except (KeyError, TypeError, AttributeError) as error:  # the checksum is right, but the content is not a run's
             raise ValueError(f"`checkpoint`: {self.last} does not hold a run: {error!r}.") from error
         load_weights(self._model, tensors)
         if self._average is not None:
@@ -141,11 +136,11 @@ class Checkpoint:
 
     def save(self, progress: Progress) -> None:
         """
-        Save the run as it stands.
+        Save the run.
 
-        :param progress: Where it stands.
+        :param progress: Where the run is.
         :raises OSError: If the folder cannot be written to.
-        :raises TypeError: If the optimiser's or the scheduler's state holds what cannot be saved without pickle.
+        :raises TypeError: If the optimiser's or the scheduler's state holds something that only pickle could save.
         """
         tensors = weights(self._model)
         if self._average is not None:
@@ -164,7 +159,7 @@ class Checkpoint:
         """
         Save the best weights.
 
-        :param best: The weights, and the epoch they are of.
+        :param best: The weights and their epoch.
         :raises OSError: If the folder cannot be written to.
         """
         content = {"description": self._description, "epoch": best.epoch, "robust_accuracy": best.robust_accuracy}
@@ -172,9 +167,9 @@ class Checkpoint:
 
     def load_best(self) -> Best | None:
         """
-        Read the best weights back.
+        Read the best weights.
 
-        :return: `None` where there are none.
+        :return: The weights and their epoch; `None` if there is no such file.
         :raises ValueError: As :meth:`resume`.
         """
         if not self.best.exists():
@@ -191,14 +186,14 @@ class Checkpoint:
 
 class Keeper:
     """
-    Saves a run as it goes on, and keeps the weights of its best epoch.
+    Saves a run while it trains, and keeps the weights of its best epoch.
 
     :param model: The network.
-    :param checkpoint: Where to save, or `None`.
+    :param checkpoint: Where to save; `None` to save nothing.
     :param average: The average of the weights, or `None`.
-    :param every: Save after so many batches of an epoch.
-    :param keeps_best: Whether the best epoch's weights are wanted.
-    :param writes: Whether this process writes; of several the first one does.
+    :param every: Number of batches within an epoch after which to save.
+    :param keeps_best: Whether to keep the best epoch's weights.
+    :param writes: Whether this process writes files; only the first of several does.
     """
 
     def __init__(
@@ -222,9 +217,9 @@ class Keeper:
 
     def resume(self) -> Progress | None:
         """
-        Put everything where the checkpoint has it.
+        Load the run in the checkpoint, if there is one.
 
-        :return: Where the run stands; `None` for a run that begins.
+        :return: Where the run is; `None` if it is a new one.
         :raises ValueError: As :meth:`Checkpoint.resume`.
         :raises OSError: As :meth:`Checkpoint.prepare`, before anything is changed.
         """
@@ -240,27 +235,26 @@ class Keeper:
 
     def is_due(self, batch: int) -> bool:
         """
-        Tell whether to save within an epoch.
+        Return whether to save within an epoch.
 
-        :param batch: Number of batches done.
-        :return: Whether to.
+        :param batch: Number of batches trained in the epoch.
         """
         return self._checkpoint is not None and batch % self._every == 0
 
     def save(self, progress: Progress) -> None:
         """
-        Save the run.
+        Save the run, if this process writes.
 
-        :param progress: Where it stands.
+        :param progress: Where the run is.
         """
         if self._checkpoint is not None and self._writes:
             self._checkpoint.save(progress)
 
     def consider(self, record: EpochRecord) -> None:
         """
-        Keep the weights as they are if the epoch is the best so far.
+        Keep the current weights if the epoch is the best so far.
 
-        :param record: The epoch, validated.
+        :param record: The epoch's record, with its validation accuracies.
         """
         robust = record.robust_accuracy
         if not self._keeps_best or robust is None or (self._best is not None and robust <= self._best.robust_accuracy):
@@ -270,25 +264,20 @@ class Keeper:
             self._checkpoint.save_best(self._best)
 
     def restore_best(self) -> None:
-        """Put the best epoch's weights into the network."""
+        """Load the best epoch's weights into the network."""
         if self._best is not None:
             load_weights(self._model, self._best.weights)
 
 
 def fingerprint_of_state(optimizer: torch.optim.Optimizer) -> str:
-    """
-    Return a short text that is the same for the same momentum.
-
-    :param optimizer: The optimiser.
-    :return: 16 hexadecimal digits.
-    """
+    """Return 16 hexadecimal digits that differ for different optimiser states, such as the momentum."""
     tensors: dict[str, torch.Tensor] = {}
     packed = _packed(optimizer.state_dict()["state"], tensors, "state")
     return hashlib.sha256(f"{packed}{fingerprint(*tensors.values())}".encode()).hexdigest()[:16]
 
 
 def _packed(value: object, tensors: dict[str, torch.Tensor], name: str) -> object:
-    """Turn the state of an optimiser or a scheduler into JSON; its tensors are put aside under names."""
+    """Turn the state of an optimiser or scheduler into JSON; its tensors go into `tensors`."""
     if isinstance(value, torch.Tensor):
         tensors[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         return {"tensor": name}
@@ -299,7 +288,7 @@ def _packed(value: object, tensors: dict[str, torch.Tensor], name: str) -> objec
     if isinstance(value, (list, tuple)):
         items = [_packed(item, tensors, f"{name}.{index}") for index, item in enumerate(value)]
         return items if isinstance(value, list) else {"tuple": items}
-    if isinstance(value, dict):  # keys may be numbers; MultiStepLR has a Counter
+    if isinstance(value, dict):  # JSON turns numeric keys into text; MultiStepLR has a Counter
         return {
             "counter" if isinstance(value, Counter) else "items": [
                 [_packed(key, tensors, f"{name}.key"), _packed(item, tensors, f"{name}.{key}")]
@@ -313,6 +302,7 @@ def _packed(value: object, tensors: dict[str, torch.Tensor], name: str) -> objec
 
 
 def _unpacked(value: object, tensors: Mapping[str, torch.Tensor]) -> object:
+    """Turn what :func:`_packed` made back into a state."""
     if isinstance(value, list):
         return [_unpacked(item, tensors) for item in value]
     if not isinstance(value, dict):

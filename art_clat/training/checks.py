@@ -18,64 +18,46 @@ from art_clat.utils.processes import Ranks
 
 
 def check_scheduler(scheduler: object, optimizer: torch.optim.Optimizer) -> None:
-    """
-    Refuse what cannot schedule the learning rate of an optimiser, epoch by epoch.
-
-    :param scheduler: What the user passed, or `None`.
-    :param optimizer: The classifier's optimiser.
-    :raises TypeError: If it is no scheduler, or one that needs a metric.
-    :raises ValueError: If it belongs to another optimiser, or there is none to raise a learning rate of 0.
-    """
+    """Refuse what cannot step the learning rate of this optimiser once an epoch; `None` is accepted."""
     if scheduler is None:
         if all(group["lr"] == 0 for group in optimizer.param_groups):
             raise ValueError(
-                "`classifier.optimizer` has the learning rate 0, where ART's fast-is-better-than-free trainer "
-                "leaves it, and there is no `scheduler` to raise it: nothing would be trained."
+                "`classifier.optimizer` has the learning rate 0, so nothing would be trained. ART's "
+                "fast-is-better-than-free trainer leaves it at 0. Set it, or pass a `scheduler` that raises it."
             )
         return
     if not isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
         raise TypeError(f"`scheduler` must be a torch.optim.lr_scheduler.LRScheduler, got {type(scheduler).__name__}.")
     if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-        raise TypeError("`scheduler` is stepped once an epoch without a metric; ReduceLROnPlateau needs one.")
+        raise TypeError(
+            "`scheduler` is stepped without a metric, which ReduceLROnPlateau needs; use a scheduler that needs none."
+        )
     if scheduler.optimizer is not optimizer:
-        raise ValueError("`scheduler` belongs to another optimizer than `classifier.optimizer`.")
+        raise ValueError(
+            "`scheduler` belongs to another optimizer than `classifier.optimizer`; build it on `classifier.optimizer`."
+        )
 
 
 def check_loss_learns_nothing(estimator: PyTorchClassifier) -> None:
-    """
-    Refuse a loss with parameters, which would be neither saved nor shared.
-
-    :param estimator: The classifier.
-    :raises ValueError: If its loss has some.
-    """
+    """Refuse a loss with parameters, which would be neither saved nor shared."""
     loss = estimator.loss
     names = [name for name, _ in loss.named_parameters()] if isinstance(loss, nn.Module) else []
     if names:
         raise ValueError(
-            f"`classifier.loss` has parameters of its own ({', '.join(names)}) that are neither saved nor shared; "
-            "`checkpoint` and several processes need a loss without."
+            f"`classifier.loss` has parameters ({', '.join(names)}), which are neither saved nor shared; `checkpoint` "
+            "and several processes need a loss without parameters."
         )
 
 
 def check_shareable(
     estimator: PyTorchClassifier, ranks: Ranks, *, nb_samples: int, batch_size: int, drop_last: bool
 ) -> None:
-    """
-    Refuse what several processes would compute otherwise than one.
-
-    :param estimator: The classifier.
-    :param ranks: The processes.
-    :param nb_samples: Number of training samples.
-    :param batch_size: Samples in a batch of all processes.
-    :param drop_last: Whether a smaller last batch is left out.
-    :raises ValueError: If a batch has fewer samples than there are processes, the loss is no plain mean, or a norm
-            keeps statistics that cannot be shared.
-    """
+    """Refuse what several processes would compute differently from one: small batches, losses, norms."""
     last = 0 if drop_last else nb_samples % batch_size
     if min(batch_size, nb_samples, last or batch_size) < ranks.size:
         raise ValueError(
             f"`batch_size` {batch_size} leaves a batch of {last or batch_size} of {nb_samples} inputs, fewer than "
-            f"the {ranks.size} processes: choose another `batch_size`, or `drop_last=True`."
+            f"the {ranks.size} processes: use another `batch_size`, or `drop_last=True`."
         )
     loss = estimator.loss
     if getattr(loss, "reduction", None) != "mean" or getattr(loss, "weight", None) is not None:
@@ -86,11 +68,14 @@ def check_shareable(
     if 0 <= getattr(loss, "ignore_index", -1) < estimator.nb_classes:
         raise ValueError(
             f"`classifier.loss` ignores the class {loss.ignore_index}, so its mean is over fewer samples in one "
-            "process than in another; several processes need all samples to count."
+            "process than in another; on several processes all samples must count."
         )
     for name, module in estimator.model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
-            raise ValueError(f"`classifier.model`: {name} has no running statistics; several processes need them.")
+            raise ValueError(
+                f"`classifier.model`: {name} has no running statistics; several processes need a BatchNorm with "
+                "`track_running_stats=True`."
+            )
         if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
             raise ValueError(
                 f"`classifier.model`: {name} keeps running statistics of single samples, which are not shared; "
@@ -101,36 +86,21 @@ def check_shareable(
 def check_inner_attacks(
     options: TrainerOptions, attacks: Sequence[EvasionAttack], classifier: TensorClassifier
 ) -> None:
-    """
-    Refuse attacks whose steps are not known for an objective that climbs a loss of its own.
-
-    :param options: The trainer's options.
-    :param attacks: The attacks.
-    :param classifier: The classifier.
-    :raises ValueError: If one runs through its own ``generate``.
-    """
+    """Refuse attacks whose steps are unknown, if an objective climbs another loss with them."""
     for argument in ("first_stage", "objective"):
         name = getattr(options, argument)
         needs_steps = find_objective(name, argument=argument).has_inner_loss()
         if needs_steps and any(TensorAttack(attack, classifier).ascent is None for attack in attacks):
             kinds = ", ".join(type(attack).__name__ for attack in attacks)
             raise ValueError(
-                f"`{argument}={name!r}` takes the ball and the steps of its inner attack from `attacks`: "
-                "ProjectedGradientDescent, BasicIterativeMethod or FastGradientMethod in the norm inf, 2 or 1 on a "
-                f"classifier whose preprocessing is PyTorch's are accepted, got {kinds}. "
-                "`objective='adversarial'` takes any attack."
+                f"`{argument}={name!r}` takes the ball and the steps of its inner attack from `attacks`, got {kinds}. "
+                "Accepted are ProjectedGradientDescent, BasicIterativeMethod and FastGradientMethod in the norm inf, 2 "
+                "or 1, on a classifier whose preprocessing is PyTorch's. `objective='adversarial'` accepts any attack."
             )
 
 
 def check_validation(estimator: PyTorchClassifier, data: object) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """
-    Check validation data and return them as tensors.
-
-    :param estimator: The classifier they are for.
-    :param data: What the user passed, or `None`.
-    :return: Inputs and labels, or `None`.
-    :raises ValueError: If it is no pair, or the data are unusable.
-    """
+    """Check validation data, (x_val, y_val) or `None`, and return them as tensors."""
     if data is None:
         return None
     if not isinstance(data, (tuple, list)) or len(data) != 2:

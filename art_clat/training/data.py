@@ -15,17 +15,17 @@ from art_clat.utils.batch import Batch
 from art_clat.utils.processes import Ranks
 from art_clat.utils.randomness import reseed
 
-#: The share of a GPU's free memory up to which the training set is kept there.
+#: The training set is kept on a GPU if it takes less than this share of its free memory.
 DEVICE_SHARE = 0.3
 
 
 class Batches(abc.ABC):
-    """An epoch's batches of inputs and labels."""
+    """The batches that an epoch trains on."""
 
     @property
     @abc.abstractmethod
     def nb_batches(self) -> int:
-        """Batches in an epoch."""
+        """Number of batches in an epoch."""
 
     @abc.abstractmethod
     def example(self) -> torch.Tensor:
@@ -33,38 +33,28 @@ class Batches(abc.ABC):
 
     @abc.abstractmethod
     def describe(self) -> dict[str, object]:
-        """Say how many samples there are and how they are batched, ready for JSON."""
+        """Return the number of samples and how they are batched, ready for JSON."""
 
     @abc.abstractmethod
     def epoch(self, first: int, ranks: Ranks) -> Iterator[Batch]:
-        """
-        Iterate over the batches of one epoch, in an order drawn from torch's generator when the iteration begins.
-
-        :param first: The batch to begin with.
-        :param ranks: The processes that share a batch.
-        :return: The batches.
-        """
+        """Yield an epoch's batches from number `first` on, in an order that torch's generator draws at the start."""
 
     @abc.abstractmethod
     def sample(self, nb_samples: int, ranks: Ranks) -> list[Batch]:
         """
-        Draw training samples to measure on; the epochs lose nothing by it.
+        Draw about `nb_samples` training samples to measure on, over all processes; epochs still train on all samples.
 
-        :param nb_samples: How many over all processes, if there are as many; a generator's batches come whole.
-        :param ranks: The processes that share them.
-        :return: The batches; one that is smaller than the number of processes may be empty here.
+        A generator's batches are taken whole. A batch with fewer samples than there are processes may be empty here.
         """
 
 
 class ArrayBatches(Batches):
     """
-    Batches of data in memory, shuffled anew every epoch.
+    Batches of arrays, shuffled anew every epoch.
 
-    :param x: Inputs, shape (n, *input_shape).
-    :param y: Labels, first dimension n.
-    :param batch_size: Samples in a batch.
+    :param batch_size: Samples in a batch, over all processes.
     :param drop_last: Leave out a smaller last batch.
-    :param device: Where the network runs. Data that fit are kept there.
+    :param device: The device that the network runs on. Data that fit are kept there.
     """
 
     def __init__(
@@ -101,24 +91,16 @@ class ArrayBatches(Batches):
 
 
 class GeneratorBatches(Batches):
-    """
-    Batches of an ART data generator, each checked as it comes; for one process.
-
-    :param generator: The generator.
-    :param classifier: The classifier they are for.
-    :raises TypeError: If it is no ART data generator.
-    :raises ValueError: If its size is unknown.
-    """
+    """Batches of an ART data generator, each checked when it comes; for one process."""
 
     def __init__(self, generator: DataGenerator, classifier: PyTorchClassifier) -> None:
         if not isinstance(generator, DataGenerator):
             raise TypeError(
-                "`generator` must be an ART DataGenerator (art.data_generators), "
-                "PyTorchDataGenerator(loader, size=len(dataset), batch_size=128) for a DataLoader, "
-                f"got {type(generator).__name__}."
+                f"`generator` must be an ART DataGenerator (art.data_generators), got {type(generator).__name__}. For "
+                "a DataLoader use PyTorchDataGenerator(loader, size=len(dataset), batch_size=128)."
             )
         if generator.size is None:
-            raise ValueError("`generator` has no size: pass `size=`, the number of examples in an epoch, to it.")
+            raise ValueError("`generator` has no size: make it with `size=`, the number of samples in an epoch.")
         self.generator = generator
         self.classifier = classifier
         self._ahead: list[Batch] = []
@@ -143,7 +125,7 @@ class GeneratorBatches(Batches):
     def sample(self, nb_samples: int, ranks: Ranks) -> list[Batch]:
         while sum(map(len, self._ahead)) < min(nb_samples, self.generator.size):
             self._ahead.append(self._next())
-        # They are trained on first, in the epoch they belong to; an augmentation may then write into them.
+        # Copies: the next epoch trains on these batches first, and an augmentation may write to them.
         return [replace(batch, x=batch.x.clone()) for batch in self._ahead]
 
     def _next(self) -> Batch:
@@ -151,21 +133,15 @@ class GeneratorBatches(Batches):
         inputs, labels = check_data(
             self.classifier, x, y, argument="x of the generator's batch", label_argument="y of the generator's batch"
         )
-        return Batch.whole(inputs.clone(), labels)  # an augmentation may work in place
+        return Batch.whole(inputs.clone(), labels)  # an augmentation may write to it
 
 
 def augment(augmentation: Callable[[torch.Tensor], torch.Tensor], batch: Batch, *counters: int) -> Batch:
     """
-    Augment the images of a batch, each by numbers of its own.
+    Augment the images of a batch, shape (batch, channels, height, width), independently of one another.
 
-    torchvision's transforms draw once for all images they are given together, so they are given one at a time, with
-    the global random generators seeded for each: its numbers follow from its place in the whole batch.
-
-    :param augmentation: A transform of one image.
-    :param batch: Images, shape (batch, channels, height, width).
-    :param counters: What says which batch it is, as for :func:`art_clat.utils.randomness.reseed`.
-    :return: The transformed images, same shape.
-    :raises ValueError: If they have another shape.
+    torchvision's transforms draw random numbers once for all images they get together. So each image is passed alone,
+    after the global random generators were seeded with `counters` and its place in the whole batch.
     """
     images = []
     for place, image in zip(torch.arange(batch.part.total)[batch.part.mine].tolist(), batch.x, strict=True):
@@ -173,8 +149,8 @@ def augment(augmentation: Callable[[torch.Tensor], torch.Tensor], batch: Batch, 
         changed = augmentation(image)
         if changed.shape != image.shape or changed.dtype != image.dtype:
             raise ValueError(
-                f"`augmentation` makes {changed.dtype} images of shape {tuple(changed.shape)}; {image.dtype} ones of "
-                f"shape {tuple(image.shape)}, as they come, are needed."
+                f"`augmentation` makes {changed.dtype} images of shape {tuple(changed.shape)}; it must keep their type "
+                f"{image.dtype} and shape {tuple(image.shape)}."
             )
         images.append(changed)
     return replace(batch, x=torch.stack(images))

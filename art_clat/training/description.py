@@ -1,4 +1,4 @@
-"""What a run works with, so that a checkpoint of another one is told apart."""
+"""What a run was made with, for its checkpoint and its history."""
 
 from __future__ import annotations
 
@@ -24,14 +24,9 @@ def describe(
     attacks: Sequence[EvasionAttack],
 ) -> dict[str, object]:
     """
-    Describe what a run works with, so that a checkpoint of another one is told apart.
+    Describe what a run works with: names, and values that JSON can hold. A checkpoint of another run is refused by it.
 
-    What changes in the course of a run is left out: weights, and what a scheduler sets.
-
-    :param classifier: The classifier.
-    :param scheduler: The scheduler, or `None`.
-    :param attacks: The attacks.
-    :return: Names, and values that JSON can hold.
+    What changes during a run is left out: the weights, and what a scheduler sets.
     """
     tensors = named_tensors(classifier.model)
     facts: dict[str, object] = {name: f"{tensor.dtype}, {tuple(tensor.shape)}" for name, tensor in tensors.items()}
@@ -44,7 +39,7 @@ def describe(
     facts |= describe_inputs(classifier)
     for number, attack in enumerate(attacks, start=1):
         ignored = ("verbose", "batch_size", "summary_writer", "tensor_board")
-        # ART keeps some settings of ProjectedGradientDescent in the attack it wraps only.
+        # ProjectedGradientDescent lacks some of its settings; the attack that it wraps has them.
         holders = [attack, getattr(attack, "_attack", attack)]
         settings = {
             name: next((getattr(holder, name) for holder in holders if hasattr(holder, name)), None)
@@ -73,7 +68,7 @@ def describe(
 
 
 def _still(state: object) -> Any:
-    """Leave out of a scheduler's state, and of those of the schedulers in it, what changes from epoch to epoch."""
+    """Remove from a scheduler's state, and from those of nested schedulers, what changes from epoch to epoch."""
     if isinstance(state, list):
         return [_still(item) for item in state]
     if type(state) is not dict:
@@ -90,16 +85,7 @@ def configuration(
     scheduler: torch.optim.lr_scheduler.LRScheduler | None,
     fit: Mapping[str, object],
 ) -> dict[str, Any]:
-    """
-    Describe a run for its history.
-
-    :param classifier: The classifier.
-    :param options: The trainer's options.
-    :param attacks: The attacks.
-    :param scheduler: The scheduler, or `None`.
-    :param fit: The arguments of ``fit``, and the shape of the data.
-    :return: Names, and values that JSON can hold.
-    """
+    """Describe a run for its history; `fit` holds the arguments of ``fit`` and the shape of the data."""
     facts = describe(classifier, scheduler, attacks)
     kept = ("attack ", "optimizer", "the ", "clip_values")
     model = classifier.model

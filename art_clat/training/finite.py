@@ -10,13 +10,13 @@ from art_clat.utils.processes import Ranks
 
 class FiniteGuard:
     """
-    Puts a network back where it was last seen finite after a training step that made it, or its loss, not finite.
+    Restores a network's last finite state after a step that made the loss or the network not finite.
 
-    A buffer that is not finite to begin with, such as a mask of −∞, is none of its concern.
+    Buffers that are not finite from the beginning, such as a mask of −∞, are ignored.
 
     :param model: The network.
-    :param every: Look after so many batches. A look makes the processor wait for the device.
-    :param ranks: The processes that train it: what one of them sees counts for all.
+    :param every: Check after so many batches. On a GPU a check makes the processor wait.
+    :param ranks: The processes that train it; all of them undo the step if one does.
     """
 
     def __init__(self, model: nn.Module, *, every: int, ranks: Ranks | None = None) -> None:
@@ -28,29 +28,20 @@ class FiniteGuard:
         self._good = [tensor.detach().clone() for tensor in self._tensors]
 
     def before_step(self, loss: torch.Tensor) -> None:
-        """
-        Check the loss, and the BatchNorm statistics that its forward pass has moved.
-
-        :param loss: The loss.
-        :raises FloatingPointError: If they are not finite; weights and buffers are those last seen finite then.
-        """
+        """Check the loss, and the BatchNorm statistics that its forward pass moved."""
         self._batch += 1
         if self._batch % self._every == 0:
             self._check("loss, or a BatchNorm statistic,", loss)
 
     def after_step(self, *, look: bool = False) -> None:
-        """
-        Check what the optimiser's step has made of the network, and remember it if it is finite.
-
-        :param look: Do so whichever batch it is.
-        :raises FloatingPointError: As :meth:`before_step`.
-        """
+        """Check the result of the optimiser's step and remember it; `look` checks after this batch in any case."""
         if look or self._batch % self._every == 0:
             self._check("result of the optimiser's step")
             for good, tensor in zip(self._good, self._tensors, strict=True):
                 good.copy_(tensor.detach())
 
     def _check(self, what: str, *values: torch.Tensor) -> None:
+        """Restore the last finite state and raise a FloatingPointError if a value is not finite in some process."""
         tensors = [*values, *self._tensors]
         finite = torch.stack([torch.isfinite(tensor.detach()).all() for tensor in tensors]).all()
         if self._ranks.sum((~finite).float()) == 0:

@@ -1,4 +1,4 @@
-"""What a run recorded: one entry an epoch, one entry a selection of layers; as JSON and as plots."""
+"""The record of a run: one entry an epoch, one entry a selection of layers; as JSON and as plots."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class EpochRecord:
     """
-    One epoch.
+    The record of one epoch.
 
-    :param epoch: Counted from 0 within one call of ``fit``.
-    :param stage: ``"adversarial training"`` (the whole network) or ``"clat"`` (the critical layers).
-    :param loss: Mean over the epoch of what was minimised.
-    :param cross_entropy: Mean of the classifier's own loss within it.
-    :param criticality_loss: Mean of ``L_C``, or of a rival's second term, before its weight; 0 under PGD-AT.
-    :param learning_rate: Of the optimiser's first parameter group, during the epoch.
-    :param seconds: Of training; validation and selection are not included.
-    :param train_clean_accuracy: On the training batches as they were passed, in [0, 1]; `None` where no clean logits
-           were computed.
-    :param train_robust_accuracy: The same on the perturbed training batches, which hold clean samples too if `ratio` is
-           below 1.
-    :param clean_accuracy: On the validation data, in [0, 1]; `None` without them.
-    :param robust_accuracy: On the validation data under the trainer's first attack.
+    :param epoch: Number within one call of ``fit``, from 0.
+    :param stage: ``"adversarial training"`` (the whole network) or ``"clat"`` (the chosen layers).
+    :param loss: Mean over the epoch of the loss that was minimised.
+    :param cross_entropy: Mean of the classifier's loss within it.
+    :param criticality_loss: Mean of ``L_C``, or of a rival's second term, before its weight; 0 for PGD-AT.
+    :param learning_rate: Learning rate of the optimiser's first parameter group during the epoch.
+    :param seconds: Seconds of training, without validation and selection.
+    :param train_clean_accuracy: Accuracy on the training batches before the attack, in [0, 1]; `None` if the objective
+           computes no clean logits.
+    :param train_robust_accuracy: Accuracy on the perturbed training batches, in [0, 1]; they include clean samples if
+           `ratio` is below 1. `None` if the objective's logits are clean.
+    :param clean_accuracy: Accuracy on the validation data, in [0, 1]; `None` without them.
+    :param robust_accuracy: The same under the trainer's first attack.
     """
 
     epoch: int
@@ -53,11 +53,7 @@ class EpochRecord:
     robust_accuracy: float | None = None
 
     def summary(self) -> dict[str, str]:
-        """
-        Write what a progress bar shows: validation accuracies if there are any, else those of training.
-
-        :return: Texts by name.
-        """
+        """Return what a progress bar shows: the loss, and accuracies, those of validation if there are any."""
         clean = self.clean_accuracy if self.clean_accuracy is not None else self.train_clean_accuracy
         robust = self.robust_accuracy if self.robust_accuracy is not None else self.train_robust_accuracy
         shown = {"clean": clean, "robust": robust}
@@ -70,14 +66,14 @@ class EpochRecord:
 @dataclass(frozen=True)
 class SelectionRecord:
     """
-    One selection of layers.
+    The record of one selection of layers.
 
-    :param epoch: The epoch it was made for, before its first batch.
+    :param epoch: The epoch before whose first batch the layers were chosen.
     :param measured: The criticality of every layer.
-    :param chosen: Names of the layers trained from then on.
-    :param trainable_parameters: Number of their trainable scalar parameters.
-    :param total_parameters: Number of the network's scalar parameters.
-    :param seconds: Time that measuring took.
+    :param chosen: Names of the layers that are trained from then on.
+    :param trainable_parameters: Number of trainable scalar parameters in the chosen layers.
+    :param total_parameters: Number of scalar parameters in the network.
+    :param seconds: Seconds that the selection took.
     :param rule: Name of the rule that chose.
     :param scores: The rule's score of every layer, in execution order; empty in records of older versions.
     """
@@ -92,11 +88,7 @@ class SelectionRecord:
     scores: tuple[float, ...] = ()
 
     def sentence(self) -> str:
-        """
-        Say what was chosen, for the log.
-
-        :return: One line.
-        """
+        """Return a line for the log that says what was chosen."""
         return (
             f"CLAT, epoch {self.epoch}: training {len(self.chosen)} of {len(self.measured)} layers "
             f"({', '.join(self.chosen)}), {self.trainable_parameters:,} of {self.total_parameters:,} parameters "
@@ -131,12 +123,7 @@ class History:
         return f"History({len(self.epochs)} epochs, {len(self.selections)} selections{best})"
 
     def add_validation(self, clean_accuracy: float, robust_accuracy: float) -> None:
-        """
-        Note the validation accuracies of the latest epoch.
-
-        :param clean_accuracy: In [0, 1].
-        :param robust_accuracy: In [0, 1].
-        """
+        """Record the validation accuracies of the latest epoch, in [0, 1]."""
         self.epochs[-1] = replace(self.epochs[-1], clean_accuracy=clean_accuracy, robust_accuracy=robust_accuracy)
 
     @property
@@ -149,7 +136,7 @@ class History:
         """
         Write the record as JSON; a number that is not finite becomes ``null``.
 
-        :param path: Where to write it too, or `None`.
+        :param path: File to write as well, or `None`.
         :return: The JSON.
         """
         text = json.dumps(_finite(asdict(self)), indent=2, allow_nan=False)
@@ -160,9 +147,9 @@ class History:
     @classmethod
     def from_json(cls, text: str) -> History:
         """
-        Read what :meth:`to_json` wrote.
+        Read what :meth:`to_json` wrote, also with an older version.
 
-        :param text: The JSON.
+        :param text: The JSON, not a file's path.
         :return: The record.
         """
         content = json.loads(text)
@@ -174,18 +161,19 @@ class History:
 
     def plot_heat_map(self, ax: Axes | None = None) -> Axes:
         """
-        Draw the score of every layer at every selection, by the rule that chose, the chosen layers marked.
+        Draw every layer's score at every selection, and mark the chosen layers.
 
-        A criticality index is coloured on a logarithmic scale centred on 1 (a layer that passes weakness on unchanged),
-        another rule's score on a linear one. The head's colour is cut at the largest of the other layers'. If the rule
-        has no finite scores (``"all"``, layers by name), the criticality index is drawn.
+        The scores are those of the rule that chose. A criticality index has a logarithmic scale centred on 1, at which
+        a layer passes weakness on unchanged; the scores of other rules have a linear one. The head's colour is cut at
+        the largest of the other layers. If the rule has no finite scores (``"all"``, layers by name), the criticality
+        index is drawn.
 
-        :param ax: Where to draw, or `None` for a new figure, sized for the number of layers.
+        :param ax: Axes to draw on, or `None` for a new figure, sized for the number of layers.
         :return: The axes; layers from top to bottom, selections from left to right.
         :raises ValueError: If no selection was made.
         """
         if not self.selections:
-            raise ValueError("There is no selection to draw: no epoch reached the second stage (see `warmup`).")
+            raise ValueError("There is no selection to draw: no epoch came after the `warmup`.")
         layers = self.selections[0].measured
         names = [layer.name for layer in layers]
         ax = ax if ax is not None else new_axes(width=min(16, 4 + 0.6 * len(self.selections)), height=_height(names))
@@ -205,16 +193,18 @@ class History:
 
     def plot_curves(self, ax: Axes | None = None) -> Axes:
         """
-        Draw clean and robust accuracy over the epochs: validation as lines, training as thin lines.
+        Draw clean and robust accuracy over the epochs: validation as thick lines, training as thin ones.
 
-        :param ax: Where to draw, or `None` for a new figure. Dotted lines mark the selections.
+        Dotted lines mark the selections.
+
+        :param ax: Axes to draw on, or `None` for a new figure.
         :return: The axes.
         :raises ValueError: If there is no epoch.
         """
         from matplotlib.ticker import MaxNLocator
 
         if not self.epochs:
-            raise ValueError("There is no epoch to draw.")
+            raise ValueError("There is no epoch to draw: call `fit` first.")
         ax = ax if ax is not None else new_axes(width=7, height=4)
         epochs = [record.epoch for record in self.epochs]
         for name, label, style in (
@@ -242,7 +232,7 @@ _LOSSES = ("loss", "cross_entropy", "criticality_loss", "learning_rate", "second
 
 
 def _numbers(entry: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Read ``null`` as NaN where a number is always recorded."""
+    """Read ``null`` as NaN in entries that are always numbers."""
     return {key: math.nan if value is None and key in names else value for key, value in entry.items()}
 
 
@@ -254,7 +244,7 @@ def _criticality(entry: dict[str, Any]) -> Criticality:
 
 
 def _selection(entry: dict[str, Any]) -> SelectionRecord:
-    """Read a selection; scores are numbers, or in JSON's stead texts for those that are not finite."""
+    """Read a selection; its scores are numbers, ``null``, or text such as ``"inf"``."""
     return SelectionRecord(
         **{
             **entry,
@@ -266,6 +256,7 @@ def _selection(entry: dict[str, Any]) -> SelectionRecord:
 
 
 def _finite(value: Any) -> Any:
+    """Replace numbers that are not finite by `None`."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -273,13 +264,13 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-#: Rules whose scores are indices: a layer with index 1 passes a perturbation on unchanged.
+#: Rules whose scores are indices: at 1 a layer passes a perturbation on unchanged.
 _INDICES = {"criticality": "criticality index $C_i$", "relative_criticality": "relative criticality index"}
 
 
 @dataclass(frozen=True)
 class _Colours:
-    """The colours of a heat map: values, scale and colour bar."""
+    """The values, scale and colour bar of a heat map."""
 
     values: npt.NDArray[np.float64]
     norm: Any
@@ -289,7 +280,7 @@ class _Colours:
 
     @classmethod
     def of(cls, selections: Sequence[SelectionRecord]) -> _Colours:
-        """Take the scores of the rule, or the criticality index if it has none that are finite."""
+        """Take the rule's scores, or the criticality index if some selection has no finite score."""
         from matplotlib.colors import LogNorm, Normalize
 
         rule = selections[0].rule

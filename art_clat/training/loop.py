@@ -1,4 +1,4 @@
-"""One call of ``fit``: epochs, batches, selections, validation and their record."""
+"""One call of ``fit``: epochs, batches, selections, validation and the record."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from art_clat.training.objectives import BatchLoss, find_objective
 from art_clat.training.stage import EpochSums, Stage
 from art_clat.training.validation import measure_accuracies
 from art_clat.utils.batch import Batch
-from art_clat.utils.modes import own_modes
+from art_clat.utils.modes import restored_modes
 from art_clat.utils.processes import Ranks
-from art_clat.utils.randomness import own_randomness, reseed
+from art_clat.utils.randomness import reseed, seeded_randomness
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +46,10 @@ class TrainingLoop:
     """
     The procedure of the paper: adversarial training, then rounds of selection and fine-tuning.
 
-    Each step of it is a method that a subclass can override; a trainer runs the class that its ``loop_class`` names.
+    Each step is a method that a subclass can override. A trainer runs the class in its ``loop_class``.
 
     :param estimator: The classifier that is trained.
-    :param attacks: Its attacks, rotated over the batches.
+    :param attacks: The attacks, which take turns over the batches.
     :param options: The trainer's options.
     :param fit: The options of this call of ``fit``.
     :param batches: The training data.
@@ -89,14 +89,14 @@ class TrainingLoop:
 
     @property
     def counters(self) -> tuple[int, int]:
-        """Seed and epoch, which randomness follows from."""
+        """Seed and epoch, which all random numbers of an epoch follow from."""
         return self.progress.seed, self.progress.epoch
 
     def prepare(self) -> None:
         """
         Resume or begin the run, find the layers, and refuse what cannot be trained.
 
-        :raises ValueError: If the checkpoint is of another run, or layers, budget and optimiser do not go together.
+        :raises ValueError: If the checkpoint is of another run, or layers, budget and optimiser do not fit together.
         """
         drawn = self.draw_seed()
         resumed = self.keeper.resume()
@@ -106,16 +106,16 @@ class TrainingLoop:
         self.is_resumed = resumed is not None
         if self.is_resumed and self.ranks.rank == 0:
             epoch, last = self.progress.epoch, self.fit.nb_epochs
-            state = "is finished" if epoch >= last else f"goes on at epoch {epoch}"
-            logger.info("The checkpoint's run %s; its weights take the place of those at hand.", state)
+            state = "is finished" if epoch >= last else f"resumes at epoch {epoch}"
+            logger.info("The run in the checkpoint %s; the classifier gets its weights.", state)
         self.ranks.check_same({"the checkpoint": (*self.counters, self.progress.batch)}, self.device)
-        with own_randomness(self.progress.seed, self.device):
+        with seeded_randomness(self.progress.seed, self.device):
             self.sample = self.batches.sample(self.options.selection.samples, self.ranks)
             self.layers = self.classifier.find_layers(self.batches.example(), self.options.layers)
         self.eligible = eligible_layers(self.layers, head_eligible=self.options.layers.head_eligible)
         rule = self.options.selection.rule
         check_names(rule, self.eligible)
-        if rule != "all" and not isinstance(rule, (list, tuple)):  # those are chosen whatever the budget
+        if rule != "all" and not isinstance(rule, (list, tuple)):  # these ignore the budget
             check_budget(self.options.budget, self.eligible, sum(p.numel() for p in self.model.parameters()))
         self._check_optimizer()
 
@@ -125,12 +125,12 @@ class TrainingLoop:
 
         :raises FloatingPointError: If the loss or its gradient is not finite.
         """
-        with self.guest():
-            self.keeper.save(self.progress)  # a scheduler that cannot be saved is refused before any work is done
+        with self.restored_model():
+            self.keeper.save(self.progress)  # refuses a scheduler that cannot be saved before any work
             names = self.progress.chosen
             self.begin_stage(None if names is None else [layer for layer in self.layers if layer.name in names])
             if self.keeper.average is not None and not self.is_resumed:
-                self.keeper.average.begin()  # now that all processes have the first one's weights
+                self.keeper.average.begin()  # after all processes got the first one's weights
             quiet = self.ranks.rank > 0 or not self.fit.verbose
             with (
                 nullcontext() if quiet else logging_redirect_tqdm(),  # log lines go above the bar
@@ -148,12 +148,12 @@ class TrainingLoop:
                 self.keeper.average.apply()
 
     def selection_is_due(self) -> bool:
-        """Tell whether layers are chosen before the next batch."""
+        """Return whether layers are chosen before the next batch."""
         rounds, rest = divmod(self.progress.epoch - self.options.warmup, self.options.reselect_every)
         return rounds >= 0 and rest == 0 and self.progress.batch == 0
 
     def begin_stage(self, chosen: list[Layer] | None) -> None:
-        """Begin to train chosen layers alone, or the whole network (`None`)."""
+        """Begin to train the chosen layers alone, or the whole network (`None`)."""
         if chosen is None:
             cls = find_objective(self.options.first_stage, argument="first_stage")
             objective = cls(self.classifier, None, cls.default_weight)
@@ -164,10 +164,10 @@ class TrainingLoop:
         self.stage = Stage.begin(chosen, objective, self.ranks)
 
     def freeze(self, chosen: list[Layer]) -> None:
-        """Freeze everything outside some layers, and drop the optimiser's state of what is frozen."""
-        self._freezing.close()  # stale momentum must not move a layer that is chosen again
+        """Freeze everything outside the chosen layers, and drop the optimiser's state of what is frozen."""
+        self._freezing.close()  # a layer that is chosen again must not move by old momentum
         self._freezing.enter_context(only_trainable(self.model, chosen))
-        self.estimator._model.zero_grad()  # an optimiser passes over what has no gradient, whatever its momentum
+        self.estimator._model.zero_grad()  # an optimiser skips parameters without a gradient
         for parameter in self._trainable:
             if not parameter.requires_grad:
                 self.optimizer.state.pop(parameter, None)
@@ -185,7 +185,7 @@ class TrainingLoop:
             round=len(self.history.selections),
             predecessor=self.options.layers.predecessor,
         )
-        with own_randomness(self.progress.seed, self.device):
+        with seeded_randomness(self.progress.seed, self.device):
             measured = candidates.criticality
             choice = choose(as_rule(self.options.selection.rule), candidates, self.options.budget)
         parameters = {p for layer in choice.layers for p in layer.parameters() if p in self._trainable}
@@ -205,7 +205,7 @@ class TrainingLoop:
         return choice.layers
 
     def train_epoch(self) -> None:
-        """Train one epoch, or what is left of it, and record it."""
+        """Train an epoch, or the rest of it, and record it."""
         progress, start = self.progress, time.perf_counter() - self.progress.seconds
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         self.guard = FiniteGuard(self.model, every=self.look_every(), ranks=self.ranks)
@@ -227,16 +227,16 @@ class TrainingLoop:
                     if not is_last:
                         self.keeper.save(progress)
             except FloatingPointError as error:
-                self.optimizer.state.clear()  # it may have become infinite too
+                self.optimizer.state.clear()  # it may not be finite either
                 raise FloatingPointError(
-                    f"{error} in epoch {progress.epoch}, batch {number}. The likely cause is a learning rate (now "
-                    f"{learning_rate:g}) or a `criticality_weight` ({self.options.criticality_weight:g}) that is too "
-                    "large. The last finite weights are in place."
+                    f"{error} in epoch {progress.epoch}, batch {number}. The last finite weights are restored. "
+                    f"Probably the learning rate (now {learning_rate:g}) or `criticality_weight` "
+                    f"({self.options.criticality_weight:g}) is too large: use a smaller one."
                 ) from None
         self.history.epochs.append(self._record(learning_rate))
 
     def load(self, batch: Batch, number: int) -> Batch:
-        """Bring a batch to the device, augmented and stored as it is going to be used."""
+        """Move a batch to the device, augment it, and set its memory format."""
         batch = batch.to(self.device)
         if self.options.augmentation is not None:
             batch = augment(self.options.augmentation, batch, *self.counters, number)
@@ -245,22 +245,22 @@ class TrainingLoop:
         return batch
 
     def attack_for(self, number: int) -> TensorAttack:
-        """Return the attack whose turn it is in a batch of the epoch."""
+        """Return the attack whose turn it is in batch `number` of the epoch."""
         return self.training_attacks[self._batches_before(number) % len(self.training_attacks)]
 
     def perturb(self, batch: Batch, number: int) -> torch.Tensor:
-        """Perturb the share `ratio` of a batch, with the random numbers of its number in the epoch."""
+        """Perturb the share `ratio` of batch `number`; seed and epoch set its random numbers too."""
         reseed(self.device, *self.counters, number)
         return self.stage.perturb(self.attack_for(number), batch, self.options.ratio)
 
     def step(self, batch: Batch, x_adv: torch.Tensor, number: int) -> BatchLoss:
-        """Make one optimiser step on the objective, which moves what is not frozen."""
-        if self.ranks.size > 1:  # dropout must not leave out the same units everywhere
+        """Make one step of the optimiser on the objective."""
+        if self.ranks.size > 1:  # each process drops other units
             reseed(self.device, *self.counters, number, 0, self.ranks.rank)
         self.optimizer.zero_grad()
         loss = self.stage.loss(batch, x_adv)
         self.guard.before_step(loss.loss)
-        # Gradients are averaged over processes, whose parts of a batch may differ by one sample.
+        # Gradients are averaged over processes, but their parts of a batch may differ by one sample.
         (loss.loss * (self.ranks.size * len(batch) / batch.part.total)).backward()
         self.optimizer.step()
         self.guard.after_step()
@@ -284,23 +284,23 @@ class TrainingLoop:
         return measure_accuracies(self.measuring_attack, *self.validation, seed=self.progress.seed)
 
     def look_every(self) -> int:
-        """Return after how many batches to look whether all is finite; on a GPU a look makes the processor wait."""
+        """Return after how many batches to check that all is finite; on a GPU a check makes the processor wait."""
         return 50 if self.device.type == "cuda" else 1
 
     def draw_seed(self) -> int:
-        """Return the seed of the run; without one of the user's, NumPy's global generator draws it."""
+        """Return the user's seed, or one drawn from NumPy's global generator."""
         if self.options.seed is not None:
             return int(self.options.seed)
         drawn = torch.tensor(int(np.random.randint(2**32, dtype=np.uint64)), device=self.device)
         return int(self.ranks.first(drawn))
 
     @contextmanager
-    def guest(self) -> Iterator[None]:
-        """Put flags, modes, memory formats and random generators back on leaving, and drop the gradients."""
+    def restored_model(self) -> Iterator[None]:
+        """Restore flags, modes, memory formats and random generators on leaving, and drop the gradients."""
         wrapped = self.estimator._model
         with ExitStack() as stack:
-            stack.enter_context(own_modes(wrapped))
-            stack.enter_context(own_randomness(self.progress.seed, self.device))
+            stack.enter_context(restored_modes(wrapped))
+            stack.enter_context(seeded_randomness(self.progress.seed, self.device))
             stack.callback(wrapped.zero_grad)
             self._freezing = stack.enter_context(ExitStack())
             if self.options.performance.channels_last:
@@ -308,7 +308,7 @@ class TrainingLoop:
             yield
 
     def _batches_before(self, number: int) -> int:
-        """Count the batches of the run before one of this epoch."""
+        """Count the batches of the run before batch `number` of this epoch."""
         return self.progress.epoch * self.batches.nb_batches + number
 
     def _record(self, learning_rate: float) -> EpochRecord:
@@ -328,15 +328,15 @@ class TrainingLoop:
         )
 
     def _rule_name(self) -> str:
-        """Name the selection rule for the record."""
+        """Return the name of the selection rule for the record."""
         rule = self.options.selection.rule
         if isinstance(rule, str):
             return rule
         return getattr(rule, "__name__", "function") if callable(rule) else "by name"
 
     def _check_optimizer(self) -> None:
-        """Refuse an optimiser that lacks what is going to be trained."""
-        if self.options.warmup:  # the whole network, by the names of the modules that own the parameters
+        """Refuse an optimiser that does not hold the parameters to train."""
+        if self.options.warmup:  # the whole network, named by the modules that hold the parameters
             parameters = self.model.named_parameters()
             named = [(name.rpartition(".")[0] or name, parameter) for name, parameter in parameters]
         else:

@@ -1,4 +1,4 @@
-"""Make a run ready: what its processes share, and where it saves itself."""
+"""Prepare a run: check what its processes share, and make what saves it."""
 
 from __future__ import annotations
 
@@ -31,20 +31,7 @@ def make_keeper(
     scheduler: torch.optim.lr_scheduler.LRScheduler | None,
     ranks: Ranks,
 ) -> Keeper:
-    """
-    Refuse what processes cannot share or a checkpoint cannot hold, and return what saves the run.
-
-    :param estimator: The classifier.
-    :param attacks: The attacks.
-    :param options: The trainer's options.
-    :param fit: The options of ``fit``.
-    :param data: The training data, the same in all processes.
-    :param validation: The validation data, or `None`.
-    :param scheduler: The scheduler, or `None`.
-    :param ranks: The processes.
-    :return: What saves the run and keeps its best epoch; without ``checkpoint`` it saves nothing.
-    :raises ValueError: If the processes differ, or the loss has parameters.
-    """
+    """Refuse what processes cannot share or a checkpoint cannot hold, and return what saves the run."""
     model, optimizer, has_checkpoint = estimator.model, estimator.optimizer, fit.checkpoint is not None
     facts: dict[str, object] = {}
     if ranks.size > 1:

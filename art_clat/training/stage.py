@@ -1,4 +1,4 @@
-"""What is trained at the moment, on what objective; and the sums of an epoch."""
+"""What is trained at the moment, by which objective; and the sums of an epoch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from art_clat.utils.processes import Part, Ranks
 
 
 class _ObjectiveModule(nn.Module):
-    """An objective's loss as a module, which is what ``DistributedDataParallel`` takes."""
+    """An objective's loss as a module, which ``DistributedDataParallel`` needs."""
 
     def __init__(self, model: nn.Module, objective: Objective) -> None:
         super().__init__()
@@ -31,9 +31,9 @@ class _ObjectiveModule(nn.Module):
 @dataclass(frozen=True)
 class Stage:
     """
-    The whole network, or the layers chosen last, on one objective.
+    A stage of training: the whole network, or the chosen layers, with one objective.
 
-    :param chosen: The layers, or `None` for the whole network.
+    :param chosen: The layers; `None` for the whole network.
     :param objective: What is climbed and minimised.
     :param module: Computes the loss, and averages the gradients over processes.
     """
@@ -49,32 +49,18 @@ class Stage:
 
     @classmethod
     def begin(cls, chosen: list[Layer] | None, objective: Objective, ranks: Ranks) -> Stage:
-        """
-        Begin to train; several processes get the first one's weights.
-
-        :param chosen: The layers, or `None` for the whole network.
-        :param objective: What is climbed and minimised.
-        :param ranks: The processes.
-        :return: The stage.
-        """
+        """Begin a stage; all processes get the first one's weights."""
         return cls(chosen, objective, ranks.wrap(_ObjectiveModule(objective.classifier.model, objective)))
 
     def perturb(self, attack: TensorAttack, batch: Batch, ratio: float) -> torch.Tensor:
-        """
-        Perturb a share of a batch, drawn at random over all processes.
-
-        :param attack: The attack.
-        :param batch: The batch.
-        :param ratio: The share, in (0, 1].
-        :return: Inputs, shape of ``batch.x``; those that were not drawn as they are.
-        """
+        """Perturb a share `ratio` of a batch, drawn at random over all processes; the other inputs stay clean."""
         if ratio == 1:
             return self.objective.perturb(attack, batch)
         total, device = batch.part.total, batch.x.device
         drawn = torch.randperm(total)[: int(np.ceil(ratio * total))]
         place = torch.full((total,), -1)
         place[drawn] = torch.arange(len(drawn))
-        here = place[batch.part.mine]  # where each sample of this process is among those drawn
+        here = place[batch.part.mine]  # each sample's place among the drawn ones, or -1
         perturbed = torch.nonzero(here >= 0)[:, 0]
         x_adv = batch.x.clone()
         if len(perturbed):
@@ -83,14 +69,7 @@ class Stage:
         return x_adv
 
     def loss(self, batch: Batch, x_adv: torch.Tensor) -> BatchLoss:
-        """
-        Compute the loss, what is trained in training mode and the rest in evaluation mode.
-
-        :param batch: The batch.
-        :param x_adv: Its perturbed inputs.
-        :return: The loss, with its graph.
-        :raises ValueError: If a BatchNorm gets a single value.
-        """
+        """Compute the loss, with its graph; what is trained is in training mode, the rest in evaluation mode."""
         if self.chosen is None:
             train_all(self.objective.classifier.model)
         else:
@@ -100,18 +79,14 @@ class Stage:
         except ValueError as error:
             if len(batch) == 1 and "more than 1 value per channel" in str(error):
                 raise ValueError(
-                    "A batch of one sample cannot pass a BatchNorm in training: use another `batch_size`, or "
+                    "A batch of one sample cannot pass a BatchNorm in training mode: use another `batch_size`, or "
                     "`drop_last=True` in `fit`."
                 ) from error
             raise
 
 
 class EpochSums:
-    """
-    Sums over the samples of an epoch, kept on the device until they are taken.
-
-    :param device: Where the network runs.
-    """
+    """Sums over the samples of an epoch, kept on the device until they are taken."""
 
     NAMES = ("loss", "cross_entropy", "criticality_loss", "accuracy", "samples")
 
@@ -119,24 +94,13 @@ class EpochSums:
         self._sums = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
 
     def add(self, loss: BatchLoss, labels: torch.Tensor) -> None:
-        """
-        Add a batch.
-
-        :param loss: Its loss.
-        :param labels: Its index labels, shape (batch,).
-        """
+        """Add a batch's loss and accuracy; `labels` are index labels."""
         correct = (loss.logits.argmax(dim=1) == labels).float().mean()
         means = [loss.loss.detach(), loss.cross_entropy, loss.criticality_loss, correct, torch.ones_like(correct)]
         self._sums += len(labels) * torch.stack(means)
 
     def take(self, before: dict[str, float], ranks: Ranks) -> dict[str, float]:
-        """
-        Add the sums of all processes to those taken before, and begin anew.
-
-        :param before: By name; empty at the beginning of an epoch.
-        :param ranks: The processes.
-        :return: By name.
-        """
+        """Add the sums of all processes to those taken before, return them, and begin again at zero."""
         taken = ranks.sum(self._sums).tolist()
         self._sums.zero_()
         return {name: before.get(name, 0.0) + more for name, more in zip(self.NAMES, taken, strict=True)}

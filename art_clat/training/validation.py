@@ -7,7 +7,7 @@ import torch
 from art_clat.attacks.tensor_attack import TensorAttack
 from art_clat.utils.batch import Batch
 from art_clat.utils.modes import evaluation_mode
-from art_clat.utils.randomness import own_randomness
+from art_clat.utils.randomness import seeded_randomness
 
 #: Samples in one forward pass, over all processes.
 BATCH_SIZE = 256
@@ -15,17 +15,13 @@ BATCH_SIZE = 256
 
 def measure_accuracies(attack: TensorAttack, x: torch.Tensor, y: torch.Tensor, *, seed: int) -> tuple[float, float]:
     """
-    Measure a network in evaluation mode.
+    Measure clean accuracy, and robust accuracy under an attack, in [0, 1], with the network in evaluation mode.
 
-    :param attack: The attack for the robust accuracy; its classifier is measured.
-    :param x: Inputs, shape (n, *input_shape), on the CPU.
-    :param y: Their labels.
-    :param seed: Seed of the attack.
-    :return: Clean and robust accuracy, in [0, 1]; on several processes the same in all.
+    The accuracies are over the data of all processes, and equal in each.
     """
     classifier = attack.classifier
     correct = torch.zeros(2, dtype=torch.int64, device=classifier.device)
-    with own_randomness(seed, classifier.device), evaluation_mode(classifier.model):
+    with seeded_randomness(seed, classifier.device), evaluation_mode(classifier.model):
         for inputs, labels in zip(x.split(BATCH_SIZE), y.split(BATCH_SIZE), strict=True):
             part = classifier.ranks.part(len(inputs))
             batch = Batch(inputs[part.mine], labels[part.mine], part).to(classifier.device)

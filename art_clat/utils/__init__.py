@@ -1,1 +1,1 @@
-"""What every room needs: putting a model back as it was, processes, files, plots."""
+"""What every room needs: modes and random generators, processes, files, plots, checks."""

@@ -8,18 +8,18 @@ import torch
 
 from art_clat.utils.processes import Part
 
-#: Elements of the inputs that a CPU works on at once: the activations of 32 images of 3×32×32 stay in its caches.
+#: Input elements in one chunk on a CPU: the activations of 32 images of 3×32×32 stay in its caches.
 CHUNK_ELEMENTS = 32 * 3 * 32 * 32
 
 
 @dataclass(frozen=True)
 class Batch:
     """
-    Inputs and labels of one process, and which part of the whole batch they are.
+    A batch of inputs and labels, and its place in the batch of all processes.
 
     :param x: Inputs, shape (n, *input_shape).
     :param y: Index labels, shape (n,), or class probabilities, shape (n, nb_classes).
-    :param part: Which samples of the batch of all processes these are.
+    :param part: Which samples of the whole batch this process holds.
     """
 
     x: torch.Tensor
@@ -29,10 +29,10 @@ class Batch:
     @classmethod
     def whole(cls, x: torch.Tensor, y: torch.Tensor) -> Batch:
         """
-        Make a batch that no other process shares.
+        Make a batch that is the whole batch: no other process holds a part of it.
 
         :param x: Inputs, shape (n, *input_shape).
-        :param y: Labels, first dimension n.
+        :param y: Index labels, shape (n,), or class probabilities, shape (n, nb_classes).
         :return: The batch.
         """
         return cls(x, y, Part(len(x)))
@@ -44,17 +44,16 @@ class Batch:
         """
         Move inputs and labels to a device.
 
-        :param device: The device.
-        :return: The same samples there.
+        :return: A batch of the same samples on the device.
         """
         return Batch(self.x.to(device), self.y.to(device), self.part)
 
     def chunks(self, copies: int = 1) -> list[Batch]:
         """
-        Split the batch into as many samples as a CPU's caches hold; at least 32, and all of them on a GPU.
+        Split the batch into chunks that fit a CPU's caches, of 32 samples or more. On a GPU it stays whole.
 
-        :param copies: How many inputs of each sample pass through the network together.
-        :return: The samples in their order.
+        :param copies: How many inputs of each sample pass through the network together; it divides the chunks' size.
+        :return: Batches that hold all samples, in their order.
         """
         size = max(32, CHUNK_ELEMENTS // max(1, self.x[:1].numel())) // copies
         if self.x.device.type != "cpu" or len(self) <= size:

@@ -1,4 +1,4 @@
-"""What a run or an evaluation works with, as text that reads the same in another process."""
+"""Text that describes what a run or an evaluation works with; it is the same in every process."""
 
 from __future__ import annotations
 
@@ -6,22 +6,13 @@ import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-if TYPE_CHECKING:
-    pass
-
 
 def fingerprint(*tensors: torch.Tensor) -> str:
-    """
-    Return a short text that is the same for the same data only.
-
-    :param tensors: The data, on the CPU.
-    :return: 16 hexadecimal digits.
-    """
+    """Return 16 hexadecimal digits that differ for different data; the tensors are on the CPU."""
     digest = hashlib.sha256()
     for tensor in tensors:
         hash_tensor(digest, tensor)
@@ -29,14 +20,7 @@ def fingerprint(*tensors: torch.Tensor) -> str:
 
 
 def check_description(there: Mapping[str, object], here: Mapping[str, object], folder: Path) -> None:
-    """
-    Refuse a folder that another run has saved itself in.
-
-    :param there: The description of the run in the folder.
-    :param here: The description of this run.
-    :param folder: The folder, for the message.
-    :raises ValueError: If they differ; the message says in what.
-    """
+    """Refuse, by a ValueError that names the differences, a folder whose description differs from this run's."""
     names = [*there, *(name for name in here if name not in there)]
     different = [
         f"{name} is {there.get(name)} there, {here.get(name)} here"
@@ -52,12 +36,13 @@ def check_description(there: Mapping[str, object], here: Mapping[str, object], f
 
 
 def hash_tensor(digest: hashlib._Hash, tensor: torch.Tensor) -> None:
+    """Feed a tensor's type, shape and bytes to a hash."""
     digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def settings_of(thing: object, values: Mapping[str, object]) -> dict[str, object]:
-    """Describe an object by its class and its public settings; of settings that are objects, the class alone."""
+    """Describe an object by its class and its public settings; a setting that is an object by its class alone."""
 
     def text(value: object) -> str:
         if isinstance(value, (list, tuple)):
@@ -70,13 +55,7 @@ def settings_of(thing: object, values: Mapping[str, object]) -> dict[str, object
 
 
 def flattened(facts: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """
-    Name the entries of nested dictionaries by their paths, ``"layers.granularity"``.
-
-    :param facts: Names, and values or dictionaries of them.
-    :param prefix: What every name begins with.
-    :return: Names and values.
-    """
+    """Flatten nested dictionaries; a name becomes its path, such as ``"layers.granularity"``."""
     flat: dict[str, object] = {}
     for name, value in facts.items():
         flat |= flattened(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
@@ -87,8 +66,8 @@ def text_of(value: object) -> str:
     """
     Write a setting so that it reads the same in another process.
 
-    :param value: The setting.
-    :return: Its ``repr`` without the addresses of objects; for one that has none of its own, its public settings.
+    It is the ``repr`` without the addresses of objects. If an object's class defines no ``repr``, it is the object's
+    public settings instead.
     """
     if type(value).__repr__ is object.__repr__ and hasattr(value, "__dict__"):
         return repr(settings_of(value, vars(value)))

@@ -1,4 +1,4 @@
-"""Where and with what a result was made: the one record that every result carries."""
+"""The machine and the versions that a result was made with: the one record that every result carries."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def describe_environment(device: torch.device | str = "cpu") -> dict[str, object
     """
     Describe the machine and the versions of the packages that can change a result.
 
-    :param device: Where the work is done.
-    :return: ``"machine"``, ``"date"`` and ``"versions"``, ready for JSON; packages that are not installed are left out.
+    :param device: The device that computes; a GPU is named.
+    :return: ``"machine"``, ``"date"`` and ``"versions"``, ready for JSON. Packages that are not installed are left out.
     """
     device = torch.device(device)
     machine = f"{platform.machine()}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"

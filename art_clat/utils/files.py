@@ -1,4 +1,4 @@
-"""Files of tensors and JSON: complete at any instant, and read without executing anything."""
+"""Files of tensors and JSON. A kill never leaves a file half written, and reading one executes nothing."""
 
 from __future__ import annotations
 
@@ -15,17 +15,12 @@ from safetensors.torch import save
 
 from art_clat.utils.descriptions import hash_tensor
 
-#: Version of the files' format; newer ones are refused.
+#: Version of the file format. Files of a newer version are refused.
 FORMAT = 1
 
 
 def prepare(folder: Path) -> None:
-    """
-    Check that a folder can be written to, and delete unfinished files of processes that were killed.
-
-    :param folder: Created if missing.
-    :raises OSError: If it cannot be created or written to.
-    """
+    """Create a folder if needed, check that it can be written to, and delete what killed processes left unfinished."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob("*.safetensors.*.tmp"):
@@ -41,19 +36,19 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor], content: Mapping[str,
     """
     Write tensors and JSON to a file. If the process is killed, the file is either the old or the new one, complete.
 
-    It gets the permissions that the user's umask asks for, as any file does.
+    The file gets the permissions that the user's umask asks for.
 
     :param path: The file; its folder is created.
-    :param tensors: By name, on the CPU.
-    :param content: What JSON can hold; NaN and infinity included.
+    :param tensors: Tensors by name, on the CPU.
+    :param content: Anything that JSON can hold; NaN and infinity are allowed.
     :raises OSError: If the file cannot be written.
     """
     text = json.dumps(content)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # each process has its own
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # no two processes write to the same file
     metadata = {"format": str(FORMAT), "content": text, "sha256": _digest(tensors, text, FORMAT)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Not with `save_file`: its files are readable by their owner only, and a kill leaves one of any name.
+        # `save_file` would make files that only their owner can read, and a kill would leave one of an unknown name.
         beside.write_bytes(save(dict(tensors), metadata=metadata))
         _flush(beside)
         beside.replace(path)
@@ -63,14 +58,12 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor], content: Mapping[str,
 
 
 def _cannot_write(folder: Path, error: Exception) -> OSError:
-    return OSError(
-        f"`checkpoint`: cannot write to {folder}: {error}. A folder that can be written to or created is needed."
-    )
+    return OSError(f"`checkpoint`: cannot write to {folder}: {error}. Pass a folder that can be written to or created.")
 
 
 def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """
-    Read what :func:`write` wrote. Nothing in the file is ever executed.
+    Read a file that :func:`write` wrote. Nothing in it is executed.
 
     :param path: The file.
     :return: The tensors, on the CPU, and the JSON.
@@ -85,14 +78,14 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
                 raise ValueError(
                     f"its format is {metadata['format']}, newer than {FORMAT}, which this version of art_clat reads"
                 )
-            # Copies do not keep the file open, which is going to be replaced.
+            # Copies, because tensors of the file would keep it open, and it is replaced later.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a mapping
         if metadata.get("sha256") != _digest(tensors, metadata.get("content", ""), int(metadata["format"])):
-            raise ValueError("it is damaged: its content does not have the checksum it should have")
+            raise ValueError("it is damaged: its content does not match its checksum")
         return tensors, json.loads(metadata.get("content", ""))
     except (SafetensorError, ValueError, OSError, RecursionError) as error:
         raise ValueError(
-            f"`checkpoint`: {path} cannot be read: {error}. The file is left unchanged; move it away to start again."
+            f"`checkpoint`: {path} cannot be read: {error}. The file is left unchanged. Move it away to start again."
         ) from error
 
 
@@ -106,7 +99,7 @@ def _digest(tensors: Mapping[str, torch.Tensor], text: str, version: int) -> str
 
 def _flush(path: Path) -> None:
     """Wait until a file, or a folder's list of files, is on the disk."""
-    if os.name == "nt" and path.is_dir():  # Windows cannot
+    if os.name == "nt" and path.is_dir():  # Windows cannot flush a folder flush a folder flush a folder
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:

@@ -1,4 +1,4 @@
-"""Put modules in evaluation mode, or leave their modes and statistics as they were, also after an exception."""
+"""Contexts that put training modes and running statistics back on leaving, after an exception too."""
 
 from __future__ import annotations
 
@@ -10,23 +10,15 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """
-    Put a network in evaluation mode, and every module back in its own mode on leaving.
-
-    :param model: The network.
-    """
-    with own_modes(model):
+    """Put a network in evaluation mode, and every module back in its former mode on leaving."""
+    with restored_modes(model):
         model.eval()
         yield
 
 
 @contextmanager
-def own_modes(model: nn.Module) -> Iterator[None]:
-    """
-    Put every module back in the mode, training or evaluation, that it had.
-
-    :param model: The network.
-    """
+def restored_modes(model: nn.Module) -> Iterator[None]:
+    """Put every module of a network back in its former mode, training or evaluation, on leaving."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -36,13 +28,14 @@ def own_modes(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def own_statistics(modules: Iterable[nn.Module]) -> Iterator[None]:
+def kept_statistics(modules: Iterable[nn.Module]) -> Iterator[None]:
     """
-    Leave running statistics, and whatever other buffers, of what is in training mode as they are.
+    Keep the running statistics, and all other buffers, of the modules that are in training mode.
 
-    They are exchanged for copies meanwhile, not written over: autograd may still need what it saw.
+    In this context the modules work on copies. The buffers themselves are not written to, because autograd may still
+    need their values.
 
-    :param modules: The modules, with the norms in them.
+    :param modules: The modules; those within them are included.
     """
     kept = [
         (part, name, buffer)

@@ -1,4 +1,4 @@
-"""What the plots of this package share. Figures are made without pyplot: no global state, no window."""
+"""What all plots of this package share. Figures are made without pyplot: no global state, no window."""
 
 from __future__ import annotations
 
@@ -11,40 +11,23 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-#: More names than this on one axis cannot be read; every second, third, ... is shown then.
+#: Most names on one axis that can be read. Of more names only every second, third, ... is shown.
 MOST_LABELS = 60
 
 
 def new_axes(*, width: float, height: float) -> Axes:
-    """
-    Make a figure with one pair of axes.
-
-    :param width: In inches.
-    :param height: In inches.
-    :return: The axes; their figure is ``axes.figure``.
-    """
+    """Return the axes of a new figure; width and height are in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained").subplots()
 
 
 def label_layers(axis: Axis, names: Sequence[str], *, rotation: float = 0) -> None:
-    """
-    Write layer names along an axis, as many as can be read.
-
-    :param axis: ``axes.xaxis`` or ``axes.yaxis``; position ``i`` belongs to layer ``i``.
-    :param names: The layers' names.
-    :param rotation: Of the text, in degrees.
-    """
+    """Write layer names along an axis, as many as can be read; position ``i`` belongs to layer ``i``."""
     every = -(-len(names) // MOST_LABELS)
     axis.set_ticks(range(0, len(names), every), list(names[::every]), rotation=rotation, fontsize=8)
 
 
 def save(axes: Axes, path: str | os.PathLike[str]) -> None:
-    """
-    Write the figure that axes belong to.
-
-    :param axes: Any of the figure's axes.
-    :param path: File name; its ending gives the format (``.png``, ``.svg``, ``.pdf``).
-    """
+    """Write the figure that axes belong to. The file name's ending sets the format: ``.png``, ``.svg`` or ``.pdf``."""
     cast("Figure", axes.figure).savefig(path, dpi=150)

@@ -1,4 +1,4 @@
-"""More than one processor: who takes which share of a batch, and what is summed over the processes."""
+"""Training on several processes: which share of a batch each one takes, and what is summed over them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-#: How long one process waits within ``fit`` for another, with all of them at work, before it gives up.
+#: How long one process waits for another within ``fit`` before it gives up.
 TIMEOUT = timedelta(seconds=60)
 
-#: Groups with a timeout of their own, by it and the group of all processes that they were made from.
+#: Groups made with a timeout, by the group of all processes and that timeout.
 _groups: dict[tuple[dist.ProcessGroup, timedelta], dist.ProcessGroup] = {}
 
 
@@ -30,7 +30,7 @@ class Part:
     The part of a batch that one process works on.
 
     :param total: Number of samples in the whole batch.
-    :param mine: Which of them are here.
+    :param mine: Indices of this process's samples in the whole batch.
     """
 
     total: int
@@ -40,11 +40,11 @@ class Part:
 @dataclass(frozen=True)
 class Ranks:
     """
-    The processes that work together; one alone unless a process group says otherwise.
+    The processes that work together. Without a process group it is this process alone.
 
-    :param rank: This process, counted from 0.
-    :param size: How many there are.
-    :param group: What they talk through; `None` for torch's default.
+    :param rank: Number of this process, from 0.
+    :param size: Number of processes.
+    :param group: The group they communicate through; `None` for torch's default.
     """
 
     rank: int = 0
@@ -56,20 +56,20 @@ class Ranks:
         """
         Find the processes that work together: those of torch's process group, or those that ``torchrun`` launched.
 
-        A group that has to be made for the latter (NCCL on a GPU, gloo otherwise) stays until the process ends. All
-        processes of the group must call this; they wait for each other as long as the group lets them.
+        All processes must call this; they wait for each other as long as the process group allows. If ``torchrun``
+        launched them and no group exists, one is made (NCCL on a GPU, gloo otherwise) and stays until the process ends.
 
-        :param device: Where this process computes.
-        :param timeout: How long one process waits for another, with all of them at work, before it gives up.
+        :param device: The device that this process computes on.
+        :param timeout: How long one process waits for another after that before it gives up.
         :return: The processes.
-        :raises ValueError: If ``torchrun``'s processes on one machine are not on a GPU of their own.
+        :raises ValueError: If two processes that ``torchrun`` launched on one machine would use the same GPU.
         """
         if not dist.is_available():
             return cls()
         if not dist.is_initialized():
             if not dist.is_torchelastic_launched() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
                 return cls()
-            _check_own_gpu(device)
+            _check_gpu_is_not_shared(device)
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
             atexit.register(_leave)
         if dist.get_world_size() == 1:
@@ -78,15 +78,15 @@ class Ranks:
         assert world is not None
         dist.barrier()
         if (world, timeout) not in _groups:
-            _groups[world, timeout] = dist.new_group(timeout=timeout)  # type: ignore[assignment]  # it is in it
+            _groups[world, timeout] = dist.new_group(timeout=timeout)  # type: ignore[assignment]  # a member
         return cls(dist.get_rank(), dist.get_world_size(), _groups[world, timeout])
 
     def part(self, nb_samples: int) -> Part:
         """
-        Return this process's part of a batch; the parts differ by one sample at most.
+        Return this process's part of a batch.
 
-        :param nb_samples: Samples in the batch.
-        :return: Contiguous samples, or all of them for one process.
+        :param nb_samples: Number of samples in the whole batch.
+        :return: Consecutive samples; the parts of two processes differ by one sample at most. One process takes all.
         """
         if self.size == 1:
             return Part(nb_samples)
@@ -94,10 +94,10 @@ class Ranks:
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """
-        Sum over the processes; gradients are summed likewise.
+        Sum tensors over the processes; their gradients are summed as well.
 
-        :param values: Of the same shape in every process, on the device the process computes on.
-        :return: The same in every process.
+        :param values: On the device that the process computes on; of the same shape in every process.
+        :return: The sum, in every process.
         """
         if self.size == 1:
             return values
@@ -106,7 +106,7 @@ class Ranks:
 
     def first(self, values: torch.Tensor) -> torch.Tensor:
         """
-        Send every process what the first one has.
+        Send the first process's values to all.
 
         :param values: Of the same shape in every process; overwritten.
         :return: The first process's values.
@@ -117,10 +117,10 @@ class Ranks:
 
     def gather(self, value: object) -> list[Any]:
         """
-        Collect what every process has.
+        Collect a value of every process.
 
-        :param value: What this one has: text, numbers, or lists and dictionaries of them.
-        :return: One value a process, in their order.
+        :param value: This process's value: text, numbers, or lists and dictionaries of them.
+        :return: One value a process, in the order of their numbers.
         """
         if self.size == 1:
             return [value]
@@ -130,15 +130,15 @@ class Ranks:
 
     def check_same(self, facts: Mapping[str, object], device: torch.device) -> None:
         """
-        Refuse processes that do not work on the same.
+        Refuse processes that work on different things.
 
-        :param facts: Names and values that must be equal.
-        :param device: Where this process computes.
-        :raises ValueError: In every process, if one differs between two of them.
+        :param facts: Names and values that must be equal in all processes.
+        :param device: The device that this process computes on.
+        :raises ValueError: In every process, if a value differs between two of them.
         """
         if self.size == 1:
             return
-        # One number of the same kind everywhere first, since not even the number of facts need be the same.
+        # Compare one number first: processes that differ may not even have the same number of facts.
         text = json.dumps({name: str(value) for name, value in facts.items()})
         digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
         largest, smallest = torch.tensor(digest, device=device), torch.tensor(digest, device=device)
@@ -151,16 +151,16 @@ class Ranks:
         names = [name for name in all_names if any(other.get(name) != first.get(name) for other in others)]
         raise ValueError(
             f"The {self.size} processes differ in {', '.join(names[:5])}: all must make the same call with the same "
-            "arguments, model, optimizer, checkpoint and data, the whole of it; each takes its share by itself."
+            "arguments, model, optimizer, checkpoint and data. Pass the whole data; each process takes its share of it."
         )
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """
-        Have a module's gradients averaged over the processes, and give all of them the first one's weights and buffers.
+        Average a module's gradients over the processes; all begin with the first one's weights and buffers.
 
-        :param module: It has at least one trainable parameter. Buffers are left alone after that: ``BatchNorms`` keeps
-               them equal.
-        :return: The module itself for one process, otherwise in a ``DistributedDataParallel``.
+        :param module: A module with at least one trainable parameter. Its buffers are not sent again:
+               :class:`art_clat.layers.batch_norm.BatchNorms` keeps them equal.
+        :return: A ``DistributedDataParallel``, or the module itself for one process.
         """
         if self.size == 1:
             return module
@@ -171,11 +171,11 @@ class Ranks:
     @contextmanager
     def together(self) -> Iterator[None]:
         """
-        Say in plain words that another process is gone, where torch reports a broken connection.
+        Turn torch's error about a broken connection into one that says what to do.
 
-        NCCL does not report one: torch itself ends the process then, with its own message.
+        NCCL raises no such error: torch then ends the process, with another message.
 
-        :raises ConnectionError: In that case.
+        :raises ConnectionError: If another process is lost.
         """
         try:
             yield
@@ -184,8 +184,8 @@ class Ranks:
             if self.size == 1 or not any(word in str(error).lower() for word in broken):
                 raise
             raise ConnectionError(
-                f"Process {self.rank} of {self.size} has lost another one, which died or did not answer; its own "
-                "message tells why. With `checkpoint=` the same command continues the run, on any number of processes."
+                f"Process {self.rank} of {self.size} has lost another one, which died or did not answer. Its message "
+                "says why. With `checkpoint=` the same command continues the run, on any number of processes."
             ) from error
 
 
@@ -204,19 +204,19 @@ class _Sum(torch.autograd.Function):
         return total, None
 
 
-def _check_own_gpu(device: torch.device) -> None:
+def _check_gpu_is_not_shared(device: torch.device) -> None:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    # A launcher may show every process only its own GPU.
+    # A launcher may show every process one GPU only, which then has the index 0 everywhere.
     if device.type == "cuda" and torch.cuda.device_count() > 1 and device.index != local_rank:
         raise ValueError(
             f"Process {local_rank} of this machine computes on {device}: call "
-            '`torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))` before `classifier` is made, so that every process '
-            "has a GPU of its own."
+            '`torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))` before `classifier` is made, so that no two '
+            "processes share a GPU."
         )
 
 
 def _leave() -> None:
-    """End gloo's threads, which end with the last reference to a group: one at work at exit aborts the process."""
+    """End all groups, and with them gloo's threads: a thread that still works at exit aborts the process."""
     _groups.clear()
     gc.collect()
     if dist.is_initialized():

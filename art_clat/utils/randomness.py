@@ -1,4 +1,4 @@
-"""Seed the global random generators, and put them back as they were."""
+"""Seed the global random generators, and put them back."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 
 
 @contextmanager
-def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
+def seeded_randomness(seed: int, device: torch.device) -> Iterator[None]:
     """
-    Seed the global random generators, and put them back as they were on leaving.
+    Seed the global random generators, and put them back on leaving.
 
-    They are Python's, NumPy's, torch's and, on a GPU, CUDA's: dropout, random starts and ART's own attacks all draw
-    from these.
+    They are those of Python, NumPy and torch, and CUDA's on a GPU. Dropout, random starts and ART's attacks draw from
+    them.
 
     :param seed: The seed, 0 … 2**32 − 1.
-    :param device: Where the network runs.
+    :param device: The device that the network runs on.
     """
     python, numpy = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
@@ -34,12 +34,12 @@ def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
 
 def reseed(device: torch.device, *counters: int) -> None:
     """
-    Seed the global random generators with numbers that say where a run stands.
+    Seed the global random generators with numbers that say where in a run it is.
 
-    What is drawn at random in a batch then follows from the seed, the epoch and the batch alone: a run that is
-    continued draws what it would have drawn, and so does every process of several.
+    What a batch draws then depends on the seed, the epoch and the batch alone. So a run that is resumed draws the same
+    numbers as one without a break, and every process draws the same numbers.
 
-    :param device: Where the network runs.
+    :param device: The device that the network runs on.
     :param counters: Whole numbers of at least 0, such as seed, epoch and batch.
     """
     python, numpy, one, other = (

@@ -1,10 +1,10 @@
 """
-RobustBench with the AutoAttack that PyPI has.
+Make RobustBench work with the AutoAttack that PyPI has.
 
-RobustBench 1.1.1 imports AutoAttack as ``autoattack``, the name in the authors' repository. PyPI has the same authors'
-package as ``pyautoattack``, with another signature, and RobustBench requires it under that name. Where no package
+RobustBench 1.1.1 imports AutoAttack as ``autoattack``, its name in the authors' repository. On PyPI the same authors
+publish it as ``pyautoattack``, with other signatures, and RobustBench requires it under that name. If no package
 ``autoattack`` is installed, this module provides one: the repository's interface over ``pyautoattack``. The attacks
-are the authors' own.
+are the authors'.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ NAME = "autoattack"
 
 def install_finder() -> None:
     """
-    Make ``import autoattack`` work where only ``pyautoattack`` is installed. Imports nothing by itself.
+    Make ``import autoattack`` work if only ``pyautoattack`` is installed. Nothing is imported until then.
 
-    The finder comes last, so that a package ``autoattack`` takes precedence. If a script ``autoattack.py`` or a plain
-    folder of that name lies on the path, it keeps the name until RobustBench is imported, which needs the package.
+    The finder comes last, so a package ``autoattack`` takes precedence. A script ``autoattack.py``, or a plain folder
+    of that name, keeps the name until RobustBench is imported, which needs the package.
     """
     if _FINDER not in sys.meta_path:
         sys.meta_path.append(_FINDER)
@@ -59,17 +59,17 @@ def autoattack() -> ModuleType:
     if not hasattr(module, "AutoAttack"):
         raise ImportError(
             f"`import autoattack` finds {getattr(module, '__file__', None) or module}, which is not AutoAttack: rename "
-            "that file, or import art_clat.utils.robustbench_import.autoattack() before it."
+            "that file, or call art_clat.utils.robustbench_import.autoattack() before it is imported."
         )
     return module
 
 
 def robustbench_utils() -> ModuleType:
     """
-    Import ``robustbench.utils``, after which the rest of RobustBench can be imported too.
+    Import ``robustbench.utils``; after that the rest of RobustBench can be imported too.
 
     :return: The module.
-    :raises ImportError: If RobustBench or what it needs is not installed.
+    :raises ImportError: If RobustBench or a package that it needs is not installed.
     """
     autoattack()
     try:
@@ -84,12 +84,12 @@ def robustbench_utils() -> ModuleType:
 
 
 def _is_package(spec: ModuleSpec | None) -> bool:
-    """Tell a package from a script called ``autoattack.py`` and from a folder without ``__init__.py``."""
+    """Return whether a spec is a package, not a script ``autoattack.py`` or a folder without ``__init__.py``."""
     return spec is not None and spec.submodule_search_locations is not None and spec.origin is not None
 
 
 def _load(spec: ModuleSpec) -> None:
-    """Import a module from its spec, whatever else has its name."""
+    """Import a module from its spec, even if another module has its name."""
     assert spec.loader is not None
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
@@ -108,7 +108,7 @@ class _Finder(MetaPathFinder, Loader):
         package, _, submodule = fullname.partition(".")
         if package != NAME:
             return None
-        if submodule:  # of another package called `autoattack` it has none
+        if submodule:  # only of the layer, not of another package called `autoattack`
             parent = getattr(sys.modules.get(NAME), "__spec__", None)
             if parent is None or parent.loader is not self:
                 return None
@@ -117,7 +117,7 @@ class _Finder(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         name = module.__name__
-        if name == f"{NAME}.{NAME}":  # where the repository defines the class
+        if name == f"{NAME}.{NAME}":  # the module that defines the class in the repository
             sys.modules[name] = sys.modules[NAME]
         elif name != NAME:
             sys.modules[name] = importlib.import_module(f"py{name}")
@@ -131,7 +131,7 @@ class _Finder(MetaPathFinder, Loader):
 
 
 class _Guard(MetaPathFinder):
-    """Loads the layer before RobustBench imports ``autoattack`` and finds a script or folder of that name."""
+    """Loads the layer before RobustBench, which would find a script or folder called ``autoattack``."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> None:
         if fullname == "robustbench" and NAME not in sys.modules:
@@ -145,7 +145,7 @@ _GUARD = _Guard()
 
 
 def _repository_interface(base: Any) -> Any:
-    """Make pyautoattack's class one with the constructor and the calls of the authors' repository."""
+    """Return a subclass of pyautoattack's class that has the interface of the authors' repository."""
 
     class AutoAttack(base):  # type: ignore[misc]
         """The constructor and the calls of the authors' repository, on their PyPI package."""
@@ -185,7 +185,7 @@ def _repository_interface(base: Any) -> Any:
             *,
             batch_size: int | None = None,
         ) -> Any:
-            if batch_size is not None:  # the package calls itself, in its own way
+            if batch_size is not None:  # pyautoattack calls itself this way
                 return super().run_standard_evaluation(x_orig, y_orig, batch_size=batch_size, state_path=state_path)
             x_adv, y_adv = super().run_standard_evaluation(x_orig, y_orig, batch_size=bs, state_path=state_path)
             return (x_adv, y_adv) if return_labels else x_adv

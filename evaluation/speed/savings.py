@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -34,19 +33,28 @@ def nothing(*_: object) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
-def replacements() -> dict[str, list[Any]]:
-    """Return, by the name of a saving, the patches that take it away."""
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: object) -> Iterator[None]:
+    """Replace an attribute of a class or a module in this context."""
+    original = vars(owner)[name]
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def replacements() -> dict[str, list[contextlib.AbstractContextManager[None]]]:
+    """Return, by the name of a saving, the contexts that take it away."""
     return {
         "the attack computes no weight gradients": [
-            mock.patch.object(TensorClassifier, "attacked", weights_trainable),
-            mock.patch.object(torch.autograd, "grad", backward),
+            replaced(TensorClassifier, "attacked", weights_trainable),
+            replaced(torch.autograd, "grad", backward),
         ],
-        "the attack runs in chunks": [mock.patch.object(art_clat.utils.batch, "CHUNK_ELEMENTS", 10**12)],
-        "a frozen BatchNorm's gradient is one multiplication": [
-            mock.patch.object(TensorClassifier, "batch_norms", nothing)
-        ],
-        "passes for features end at the deepest": [mock.patch.object(Features, "stops_early", False)],
-        "the update computes no gradients of frozen layers": [mock.patch.object(TrainingLoop, "freeze", nothing)],
+        "the attack runs in chunks": [replaced(art_clat.utils.batch, "CHUNK_ELEMENTS", 10**12)],
+        "a frozen BatchNorm's gradient is one multiplication": [replaced(TensorClassifier, "batch_norms", nothing)],
+        "passes for features end at the deepest": [replaced(Features, "stops_early", False)],
+        "the update computes no gradients of frozen layers": [replaced(TrainingLoop, "freeze", nothing)],
     }
 
 
@@ -58,6 +66,6 @@ SAVINGS = tuple(replacements())
 def without(saving: str | None) -> Iterator[None]:
     """Take a saving away in this context; `None` takes nothing away."""
     with contextlib.ExitStack() as stack:
-        for patch in replacements()[saving] if saving is not None else ():
-            stack.enter_context(patch)
+        for context in replacements()[saving] if saving is not None else ():
+            stack.enter_context(context)
         yield

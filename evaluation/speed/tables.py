@@ -7,9 +7,10 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
+from paper_tables.markdown import markdown_table
+
 from speed.bench import CHUNK
 from speed.contenders import ATTACK
-from speed.markdown import markdown_table
 from speed.savings import SAVINGS
 
 Results = Mapping[str, Mapping[str, Any]]

@@ -58,7 +58,7 @@ def test_momentum_as_art_accumulates_it(chain, data):
 def test_gradients_that_are_not_numbers_count_as_zero_as_in_art(data):
     class Poisoned(Chain):
         def forward(self, x):
-            return super().forward(x) + (0 * x[:, :1, 0, 0]).sqrt()  # 0, its slope infinity times 0
+            return super().forward(x) + (0 * x[:, :1, 0, 0]).sqrt()  # adds 0; its gradient is infinity times 0, NaN
 
     classifier = make_classifier(Poisoned())
     x, y = data[0].clip(0.2, 0.8), data[1]
@@ -90,7 +90,7 @@ def test_random_start_is_uniform_in_the_ball(ball, order, eps):
     delta = ball(torch.tensor(eps), None).sample(x).flatten(1)
     radii = torch.linalg.vector_norm(delta, ord=order, dim=1)
     assert radii.max() <= eps * (1 + 1e-5)
-    # In d dimensions the share of a ball within radius r of it is r**d; half of it within (1/2)**(1/d).
+    # In d dimensions a share r**d of a unit ball lies within radius r, so half of it within (1/2)**(1/d).
     inside = (radii <= eps * 0.5 ** (1 / 6)).double().mean().item()
     assert abs(inside - 0.5) < 4 * 0.5 / 20_000**0.5
     assert delta.mean(0).abs().max() < 0.02 * eps
@@ -106,7 +106,7 @@ def test_perturbations_stay_in_the_ball_and_the_box(chain, data, norm):
     assert x_adv.min() >= 0 and x_adv.max() <= 1
 
 
-def test_restarts_keep_whatever_fools(chain, data):
+def test_restarts_keep_every_example_that_fools(chain, data):
     with torch.no_grad():
         for parameter in chain.parameters():
             parameter.mul_(4)  # so that a random perturbation can change a prediction
@@ -114,14 +114,14 @@ def test_restarts_keep_whatever_fools(chain, data):
     x, y = data[0], classifier.predict(data[0]).argmax(1)
     fooled = []
     for restarts in (1, 20):
-        torch.manual_seed(1)  # the first of the twenty is the one start
+        torch.manual_seed(1)  # so that the single start is the first of the twenty
         attack = make_attack(classifier, eps=0.3, eps_step=1e-4, max_iter=1, num_random_init=restarts)
         x_adv = run(attack, classifier, x, y)
         fooled.append(classifier.predict(x_adv).argmax(1) != y)
     assert (fooled[1] >= fooled[0]).all() and fooled[1].sum() > fooled[0].sum()
 
 
-def test_any_other_attack_runs_through_its_own_generate(chain, data):
+def test_any_other_attack_runs_through_its_generate(chain, data):
     classifier = make_classifier(chain)
     attack = DeepFool(classifier, max_iter=5, verbose=True, batch_size=16)
     ours = TensorAttack(attack, TensorClassifier(classifier))
@@ -131,7 +131,7 @@ def test_any_other_attack_runs_through_its_own_generate(chain, data):
     assert attack.verbose is True
 
 
-def test_a_users_own_variant_runs_through_its_own_generate(chain, data):
+def test_a_users_subclass_runs_through_its_generate(chain, data):
     class Nothing(ProjectedGradientDescent):
         def generate(self, x, y=None, **kwargs):
             return x
@@ -140,7 +140,7 @@ def test_a_users_own_variant_runs_through_its_own_generate(chain, data):
     np.testing.assert_array_equal(run(Nothing(classifier, eps=0.1, verbose=False), classifier, *data), data[0])
 
 
-def test_an_attack_on_another_classifier_of_the_network_climbs_that_ones_loss(chain, data):
+def test_an_attack_on_another_classifier_of_the_same_network_climbs_the_loss_of_that_classifier(chain, data):
     class Margin(nn.Module):
         def forward(self, logits, y):
             return -logits.gather(1, (y if y.ndim == 1 else y.argmax(1))[:, None]).mean()
@@ -154,20 +154,20 @@ def test_an_attack_on_another_classifier_of_the_network_climbs_that_ones_loss(ch
 
 
 @pytest.mark.parametrize("option", [{"random_eps": True}, {"norm": 3}])
-def test_options_that_mean_nothing_in_a_batch_run_through_generate(chain, option):
+def test_options_that_are_not_implemented_run_through_generate(chain, option):
     classifier = make_classifier(chain)
     attack = TensorAttack(make_attack(classifier, **option), TensorClassifier(classifier))
     assert attack.ascent is None
 
 
-def test_what_only_arts_own_code_does_runs_through_generate(chain):
+def test_restarts_of_fgm_and_recurrent_networks_run_through_generate(chain):
     restarted = FastGradientMethod(make_classifier(chain), eps=0.1, num_random_init=3)
     recurrent = make_attack(make_classifier(nn.Sequential(nn.Flatten(2), nn.RNN(36, 4))))
     for attack in (restarted, recurrent):
         assert TensorAttack(attack, TensorClassifier(attack.estimator)).ascent is None
 
 
-def test_the_attack_leaves_modes_gradients_and_inputs_alone(normed, data):
+def test_the_attack_changes_neither_modes_nor_gradients_nor_inputs(normed, data):
     classifier = make_classifier(normed)
     normed.train()
     normed.bn2.eval()

@@ -27,7 +27,7 @@ def output_and_gradient(norm, x, upstream):
 
 @pytest.mark.parametrize("arguments", [{}, {"affine": False}, {"eps": 0.1}])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_frozen_norms_give_the_bits_that_torch_gives(arguments, memory_format):
+def test_frozen_norms_compute_the_same_bits_as_torch(arguments, memory_format):
     norm = trained_norm(**arguments).requires_grad_(False)
     x, upstream = (torch.randn(5, 6, 7, 7).contiguous(memory_format=memory_format) for _ in range(2))
     expected = output_and_gradient(norm, x, upstream)
@@ -37,7 +37,7 @@ def test_frozen_norms_give_the_bits_that_torch_gives(arguments, memory_format):
 
 
 def test_constants_are_computed_once_an_attack_and_anew_for_the_next(normed, data):
-    """Also where an optimiser writes to ``.data``, which no version counter sees."""
+    """A write to ``.data``, as by an optimiser, is noticed too, although no version counter changes."""
     network = TensorClassifier(make_classifier(normed))
     attack = TensorAttack(make_attack(network.estimator, max_iter=5), network)
     x, y = map(torch.tensor, data)
@@ -62,8 +62,8 @@ def test_any_number_of_dimensions(cls, shape):
         torch.testing.assert_close(output_and_gradient(norm, x, upstream), expected)
 
 
-def test_frozen_norms_sum_nothing_and_keep_nothing():
-    """That is the point of it: no reduction over the batch in the backward pass, no input kept for one."""
+def test_frozen_norms_neither_reduce_nor_keep_the_input():
+    """What makes them fast: no reduction over the batch in the backward pass, so no input is kept for it."""
     norm = trained_norm().requires_grad_(False)
     x = torch.randn(5, 6, 7, 7, requires_grad=True)
     kept = []
@@ -79,7 +79,7 @@ def test_frozen_norms_sum_nothing_and_keep_nothing():
 
 
 @pytest.mark.parametrize("part", ["weights", "bias", "statistics"])
-def test_norms_that_train_are_left_to_torch(part):
+def test_torch_computes_norms_that_train(part):
     norm, reference = trained_norm(), trained_norm()
     reference.load_state_dict(norm.state_dict())
     if part == "statistics":

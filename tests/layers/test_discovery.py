@@ -74,7 +74,7 @@ def test_norm_of_another_tensor_belongs_to_no_layer():
     assert all(model.bn not in layer.modules for layer in layers_of(model, 2, 6, 6))
 
 
-def test_norm_belongs_to_its_layer_whatever_runs_in_between():
+def test_norm_belongs_to_its_layer_if_other_modules_run_in_between():
     class Branches(nn.Module):
         def __init__(self):
             super().__init__()
@@ -140,7 +140,7 @@ def test_attention_module_and_parametrized_weights_are_layers():
     assert layers[0].nb_parameters == 4 * 36 + 4 * 6
 
 
-def test_hooks_are_gone_afterwards_also_when_the_network_fails():
+def test_hooks_are_removed_if_the_network_fails():
     model = Normed().eval()
 
     def fail(size):
@@ -159,7 +159,7 @@ def test_network_without_weights_is_refused():
         layers_of(model, 6)
 
 
-def test_only_trainable_freezes_the_rest_and_puts_flags_back():
+def test_only_trainable_freezes_the_rest_and_restores_the_flags():
     model = Normed()
     layers = layers_of(model, 2, 6, 6)
     model.fc.bias.requires_grad_(False)
@@ -231,7 +231,7 @@ def test_distance_of_a_layer_that_runs_twice_is_over_both():
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_a_tensor_written_into_is_another_tensor(inplace):
+def test_a_norm_of_a_tensor_that_was_written_to_belongs_to_no_layer(inplace):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -246,7 +246,7 @@ def test_a_tensor_written_into_is_another_tensor(inplace):
     assert all(model.bn not in layer.modules for layer in layers_of(model, 2, 6, 6))
 
 
-def test_norm_in_the_name_of_a_linear_layer_makes_no_norm():
+def test_a_linear_layer_with_norm_in_its_name_is_no_norm():
     class NormedLinear(nn.Linear):
         pass
 
@@ -311,8 +311,8 @@ def test_dropout_within_a_norm_is_off():
     assert model[1].training and not model[1].drop.training
 
 
-def test_norms_of_a_weight_are_no_norms_and_stay_as_they_are():
-    """Spectral normalisation in training mode would move its estimate with every pass, clean or perturbed."""
+def test_norms_of_a_weight_stay_in_evaluation_mode():
+    """In training mode spectral normalisation would move its estimate with every pass, clean or perturbed."""
     model = nn.Sequential(parametrizations.spectral_norm(nn.Conv2d(2, 3, 3)), nn.Flatten(), nn.Linear(48, 4))
     layer, head = layers_of(model, 2, 6, 6)
     assert layer.name == "0" and head.is_head

@@ -61,7 +61,7 @@ def test_stopping_gives_the_same_features_and_input_gradients_bit_for_bit(chain,
     assert all(torch.equal(full, stopped) for full, stopped in zip(*results, strict=True))
 
 
-def test_distances_of_features_of_half_precision_are_measured_in_float32(chain, layers):
+def test_distances_of_bfloat16_features_are_measured_in_float32(chain, layers):
     x, z = torch.rand(2, 5, *INPUT_SHAPE)
     features, seen = Features(layers[:1]), []
     with torch.autocast("cpu", torch.bfloat16):
@@ -92,14 +92,14 @@ def test_gradient_at_zero_distance_is_zero_not_nan(chain, layers):
     assert torch.equal(gradient, torch.zeros_like(x))
 
 
-def test_hooks_are_gone_also_after_an_exception(chain, layers):
+def test_hooks_are_removed_after_an_exception(chain, layers):
     with pytest.raises(KeyboardInterrupt), tap([layer.output for layer in layers], lambda site, feature: None):
         raise KeyboardInterrupt
     assert not any(module._forward_hooks for module in chain.modules())
 
 
 class Steps(nn.Module):
-    """Gives a convolution every image three times, ever brighter: a sample's together, or step by step."""
+    """A convolution on every image in three brightnesses: a sample's entries together, or one batch size apart."""
 
     def __init__(self, interleaved):
         super().__init__()
@@ -113,7 +113,7 @@ class Steps(nn.Module):
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
-def test_entries_of_a_sample_are_told_from_those_of_others(interleaved):
+def test_entries_are_assigned_to_their_samples(interleaved):
     model = Steps(interleaved).eval()
     conv, head = TensorClassifier(make_classifier(model)).find_layers(torch.rand(1, *INPUT_SHAPE))
     assert conv.output.interleaved is conv.input.interleaved is interleaved and head.output.rows == (1,)
@@ -133,7 +133,7 @@ def test_entries_of_a_sample_are_told_from_those_of_others(interleaved):
     with kept.compare():
         model(z)
     for features in (halves, kept):
-        bias = model.conv.bias.view(-1, 1, 1)  # is not multiplied
+        bias = model.conv.bias.view(-1, 1, 1)  # the brightness does not multiply it
         torch.testing.assert_close(features.distance(conv), by_hand, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(features.input_distance(conv), entering)
         clean = torch.stack([factor * (model.conv(x) - bias) + bias for factor in (1, 2, 3)], dim=1)

@@ -1,4 +1,4 @@
-"""Blocks and modules that the user names as layers."""
+"""Blocks, and modules that the user names, as layers."""
 
 import pytest
 import timm
@@ -59,7 +59,7 @@ def test_blocks_of_a_residual_network_hold_every_parameter():
     assert len(parameters) == len(set(parameters)) and set(parameters) == set(model.parameters())
 
 
-def test_blocks_of_a_transformer_take_tokens_and_positions_along():
+def test_blocks_of_a_transformer_hold_tokens_and_positions():
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=10)
     layers = {layer.name: layer for layer in layers_of(model, "block", 3, 32, 32)}
     assert list(layers) == ["patch_embed", "blocks.0", "blocks.1...norm", "head"]
@@ -74,7 +74,7 @@ def test_blocks_are_found_within_another_network():
     assert "model.layer3" in names and names[-1] == "model.fc"
 
 
-def test_blocks_are_found_where_a_wrapper_holds_some_of_the_network_besides():
+def test_blocks_are_found_if_a_wrapper_also_holds_a_module_of_the_network():
     class Wrapper(nn.Module):
         def __init__(self):
             super().__init__()
@@ -100,7 +100,7 @@ def test_modules_by_name_and_by_expression():
     assert [layer.name for layer in layers_of(model, ["head", "stem"], 2, 6, 6) if layer.is_head] == ["head"]
 
 
-def test_module_that_is_never_called_gives_what_its_last_one_gives():
+def test_feature_of_a_module_that_is_never_called_is_that_of_its_last_child():
     model = Nested()
     (layer,) = layers_of(model, ["blocks"], 2, 6, 6)
     assert layer.output.module is model.blocks[1] and layer.input.module is model.blocks[0]
@@ -113,14 +113,14 @@ def test_module_that_is_never_called_gives_what_its_last_one_gives():
         ([], ValueError, "empty list"),
         (["stern"], ValueError, "'stern' matches no module.*Close to it: 'stem'"),
         (["stem", "block"], ValueError, "'block' matches no module.*'blocks'"),
-        (["(stem"], ValueError, "no regular expression"),
-        ([r".*\.act"], ValueError, "only modules without parameters, 'blocks.0.act' say"),
+        (["(stem"], ValueError, "neither a module name nor a regular expression"),
+        ([r".*\.act"], ValueError, "only modules without parameters, such as 'blocks.0.act'"),
         (["blocks.*"], ValueError, "'blocks.0' is within 'blocks'"),
-        (["unused"], ValueError, "'unused' matches, but nothing in it runs"),
+        (["unused"], ValueError, "'unused' matches, but none of its modules returns a tensor with a batch"),
         ("block", ValueError, "Nested has no `group_matcher`"),
     ],
 )
-def test_what_does_not_fit_is_refused(granularity, error, match):
+def test_granularity_that_does_not_fit_the_network_is_refused(granularity, error, match):
     with pytest.raises(error, match=match):
         layers_of(Nested(), granularity, 2, 6, 6)
 
@@ -133,12 +133,12 @@ def test_what_does_not_fit_is_refused(granularity, error, match):
         ([3], TypeError, "`granularity` must be"),
     ],
 )
-def test_what_is_no_granularity_is_refused(granularity, error, match):
+def test_values_that_are_no_granularity_are_refused(granularity, error, match):
     with pytest.raises(error, match=match):
         LayerOptions(granularity)
 
 
-def test_the_trainer_refuses_it_before_any_work(data):
+def test_trainer_and_measurement_refuse_a_bad_granularity(data):
     classifier = make_classifier(Normed())
     for layers, match in ((["convl"], "'convl' matches no module.*'conv"), ("block", "no `group_matcher`")):
         with pytest.raises(ValueError, match=match):
@@ -154,7 +154,7 @@ def test_the_trainer_refuses_it_before_any_work(data):
             LayerOptions(**options)
 
 
-def test_larger_layers_measure_what_they_return(data):
+def test_feature_of_a_larger_layer_is_what_it_returns(data):
     model = Nested()
     for block in model.blocks:
         nn.init.normal_(block.bn.running_mean)

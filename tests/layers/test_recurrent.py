@@ -1,4 +1,4 @@
-"""Recurrent layers in evaluation mode: cuDNN computes none whose gradient may be asked for, and all else."""
+"""Recurrent layers in evaluation mode: cuDNN computes none of them whose gradient may be taken."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from art_clat.models.tensor_classifier import TensorClassifier
 
 
 class Watch(TorchFunctionMode):
-    """Notes whether cuDNN is allowed, by function."""
+    """Records for each function whether cuDNN was on."""
 
     def __init__(self):
         super().__init__()
@@ -35,7 +35,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("function", LAYERS)
 @pytest.mark.parametrize("case", ["attack", "evaluation mode", "no gradients", "training mode"])
-def test_cudnn_is_off_for_recurrent_layers_in_evaluation_mode_alone(function, case, data):
+def test_cudnn_is_off_only_for_recurrent_layers_in_evaluation_mode(function, case, data):
     classifier = TensorClassifier(make_classifier(Recurrent(LAYERS[function])))
     x, y = map(torch.tensor, data)
     classifier.model.train(case == "training mode")
@@ -50,7 +50,7 @@ def test_cudnn_is_off_for_recurrent_layers_in_evaluation_mode_alone(function, ca
     assert torch.backends.cudnn.enabled
 
 
-def test_cudnn_is_back_after_an_error():
+def test_cudnn_is_on_again_after_an_error():
     with WithoutCudnn(), pytest.raises(RuntimeError):
         nn.LSTM(4, 5).eval()(torch.rand(2, 3, 7))
     assert torch.backends.cudnn.enabled
@@ -75,7 +75,7 @@ def test_the_second_stage_and_the_selection_run_without_cudnn(data):
     before = [p.detach().clone() for p in classifier.model.recurrent.parameters()]
     observe(trainer, step=watched, select=watched)
     trainer.fit(*data, batch_size=16, nb_epochs=1, verbose=False)
-    assert seen == [{True, False}, {False}, {False}, {False}]  # what a selection only looks at has no gradient
+    assert seen == [{True, False}, {False}, {False}, {False}]  # passes of the selection that need no gradient use cuDNN
     assert not all(map(torch.equal, before, classifier.model.recurrent.parameters()))
     assert np.isfinite(trainer.history.epochs[0].loss)
     assert classifier.predict(np.zeros((1, *INPUT_SHAPE), np.float32)).shape == (1, NB_CLASSES)

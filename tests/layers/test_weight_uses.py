@@ -61,7 +61,7 @@ def layers(model):
     return find_layers(model.eval(), lambda size: model(torch.rand(size, 2, 6, 6)))
 
 
-def test_they_are_layers_in_execution_order_with_their_bias(model, layers):
+def test_modules_of_such_weights_are_layers_with_their_bias(model, layers):
     assert [layer.name for layer in layers] == ["embed", "one.qkv", "one.proj", "two.qkv", "two.proj", "head"]
     assert set(layers[3].parameters()) == {model.two.qkv.weight, model.two.q_bias, model.two.v_bias}
     assert (layers[3].shape, layers[3].input.shape) == ((4, 18), (4, 6))
@@ -86,7 +86,7 @@ def test_feature_is_what_the_function_returns(model, layers, stop, training):
     assert ran == ([] if stop else ["proj"])
 
 
-def test_stopping_gives_the_same_bits(model, layers):
+def test_stopping_early_changes_no_bit(model, layers):
     x, results = torch.rand(5, 2, 6, 6), []
     with only_trainable(model, []):
         for stop in (False, True):
@@ -100,7 +100,7 @@ def test_stopping_gives_the_same_bits(model, layers):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_nothing_is_watched_afterwards_also_after_an_exception(model, layers):
+def test_hooks_and_modes_are_removed_after_an_exception(model, layers):
     seen = []
     with pytest.raises(KeyboardInterrupt), tap([layers[1].output], lambda *_: seen.append(1)):
         raise KeyboardInterrupt
@@ -129,7 +129,7 @@ def test_training_moves_such_a_layer_and_its_bias_alone(model, data, objective):
     [
         lambda x, w: x @ w.t(),
         lambda x, w: torch.einsum("bi,oi->bo", x, w),
-        lambda x, w: functional.linear(x, w * torch.ones_like(w)),  # pruned, say
+        lambda x, w: functional.linear(x, w * torch.ones_like(w)),  # as in pruning
         lambda x, w: functional.linear(x, torch.cat([w, w])[[0, 1, 2, 3]]),
         lambda x, w: functional.conv1d(x[..., None], w[..., None]).squeeze(-1),
     ],
@@ -155,7 +155,7 @@ def test_uses_of_a_weight_that_is_rearranged_first(product):
 
 
 def test_modules_whose_weight_is_only_added_or_a_scale_are_no_layers():
-    class Scale(nn.Module):  # as ResMLP's affine
+    class Scale(nn.Module):  # like ResMLP's affine
         def __init__(self):
             super().__init__()
             self.alpha, self.beta = nn.Parameter(torch.ones(1, 1, 6)), nn.Parameter(torch.zeros(1, 1, 6))
@@ -163,7 +163,7 @@ def test_modules_whose_weight_is_only_added_or_a_scale_are_no_layers():
         def forward(self, x):
             return torch.addcmul(self.beta, self.alpha, x)
 
-    class Positions(nn.Module):  # as MaxxViT's relative position bias
+    class Positions(nn.Module):  # like MaxxViT's relative position bias
         def __init__(self):
             super().__init__()
             self.table = nn.Parameter(torch.randn(9, 6))

@@ -156,7 +156,7 @@ def test_network_and_random_generators_come_back_as_they_were(normed, data, fail
     normed.train()
     normed.bn2.eval()
     normed.conv1.weight.requires_grad_(False)
-    own = normed.conv3.register_forward_hook(lambda *_: None)
+    users = normed.conv3.register_forward_hook(lambda *_: None)
     attack = make_attack(classifier, num_random_init=1)
     random.seed(1)
     state = {name: value.clone() for name, value in normed.state_dict().items()}
@@ -178,7 +178,7 @@ def test_network_and_random_generators_come_back_as_they_were(normed, data, fail
     assert (random.getstate(), torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()) == generators
     assert [m.training for m in (normed, normed.bn1, normed.bn2)] == [True, True, False]
     assert [name for name, p in normed.named_parameters() if not p.requires_grad] == ["conv1.weight"]
-    assert [len(m._forward_hooks) for m in normed.modules()].count(1) == 1 and own.id in normed.conv3._forward_hooks
+    assert [len(m._forward_hooks) for m in normed.modules()].count(1) == 1 and users.id in normed.conv3._forward_hooks
     assert all(torch.equal(value, state[name]) for name, value in normed.state_dict().items())
     assert all(p.grad is None for p in normed.parameters())
 

@@ -52,7 +52,7 @@ class TestBudget:
         assert take_layers(Budget(count=2), layers, nb_layers=5, nb_parameters=1) == layers[:2]
         assert take_layers(Budget(count=9), layers, nb_layers=5, nb_parameters=1) == layers
 
-    def test_parameters_pass_over_what_does_not_fit(self):
+    def test_parameter_share_passes_over_layers_that_do_not_fit(self):
         small, middle, large = layers = self.layers(3)
         of_sixty = {"nb_layers": 3, "nb_parameters": 60}
         assert take_layers(Budget(parameter_share=0.5), [middle, large, small], **of_sixty) == [middle, small]
@@ -97,7 +97,7 @@ class TestRules:
     def test_relative_figures_ignore_the_scale_of_a_layer(self, chain, data):
         scaled = Chain()
         scaled.load_state_dict(chain.state_dict())
-        with torch.no_grad():  # ReLU passes the factor on, and the next layer takes it away
+        with torch.no_grad():  # ReLU passes the factor on, and the next layer cancels it
             scaled.first.weight.mul_(7)
             scaled.first.bias.mul_(7)
             scaled.second.weight.div_(7)
@@ -132,8 +132,8 @@ class TestRules:
         clean, robust = gradients(x), gradients(x_adv)
         scores = as_rule("gradient_prominence")(candidates)
         for layer, score in zip(candidates.layers, scores, strict=True):
-            own = [name for name in parameters if name.startswith(layer.name + ".")]
-            weighed = torch.cat([(0.1 * clean[name] + 0.9 * robust[name]).flatten() for name in own])
+            held = [name for name in parameters if name.startswith(layer.name + ".")]
+            weighed = torch.cat([(0.1 * clean[name] + 0.9 * robust[name]).flatten() for name in held])
             assert score == pytest.approx(weighed.abs().mean().item(), rel=1e-4)
 
     def test_module_robustness_is_the_loss_rise_within_the_ball(self, candidates, chain):
@@ -146,7 +146,7 @@ class TestRules:
             length = original.norm()
             torch.manual_seed(0)
             with torch.no_grad():
-                for _ in range(5):  # no perturbation of that length does more harm, and a random one much less
+                for _ in range(5):  # a random perturbation of that length does less harm
                     noise = torch.randn_like(weight)
                     weight.copy_(original + rules.MODULE_RADIUS * length * noise / noise.norm())
                     assert candidates.adversarial_loss() - before < rise
@@ -162,7 +162,7 @@ class TestRules:
 
     def test_module_robustness_is_of_the_worst_point_on_the_way(self, candidates, monkeypatch):
         losses = np.random.default_rng(0).uniform(0.5, 2, (len(candidates.layers), rules.MODULE_STEPS))
-        losses[0] = 0.5  # a layer that only the loss falls with
+        losses[0] = 0.5  # this layer only lowers the loss
         turns = iter([1.0, *losses.flatten()])
         monkeypatch.setattr(Candidates, "adversarial_loss", lambda _: next(turns))
         rises = as_rule("module_robustness_highest")(candidates)
@@ -185,7 +185,7 @@ class TestRules:
         assert all(torch.equal(tensor, before[name]) for name, tensor in chain.state_dict().items())
 
     @pytest.mark.parametrize("rule", [rule for rule in list_selection_rules()])
-    def test_every_rule_is_a_guest(self, normed, data, rule):
+    def test_every_rule_leaves_the_network_as_it_was(self, normed, data, rule):
         normed.conv2.requires_grad_(False)
         candidates = make_candidates(normed, data)
         normed.bn3.eval()
@@ -208,19 +208,19 @@ class TestRules:
         assert len({tuple(names(choose(as_rule("random_fixed"), one, Budget(count=1)))) for one in seeds}) > 1
         assert as_rule("random")(candidates) == as_rule("random")(candidates)
 
-    def test_positions(self, candidates):
+    def test_first_last_and_all(self, candidates):
         assert names(choose(as_rule("first"), candidates, Budget(count=2))) == ["first", "second"]
         assert names(choose(as_rule("last"), candidates, Budget(count=2))) == ["hidden", "head"]
         body = replace(candidates, eligible=eligible_layers(candidates.layers, head_eligible=False))
         assert names(choose(as_rule("last"), body, Budget(count=1))) == ["hidden"]
         assert names(choose(as_rule("all"), body, Budget(count=1))) == ["first", "second", "hidden"]
 
-    def test_names(self, candidates):
+    def test_layers_by_name(self, candidates):
         assert names(choose(as_rule(["hidden", "first"]), candidates, Budget(count=1))) == ["first", "hidden"]
-        with pytest.raises(ValueError, match=r"names third, no layer.*first, second, hidden, head"):
+        with pytest.raises(ValueError, match=r"names third, which cannot be chosen.*first, second, hidden, head"):
             choose(as_rule(["third"]), candidates, Budget(count=1))
 
-    def test_users_own_rule(self, candidates):
+    def test_a_registered_rule(self, candidates):
         @register_selection_rule("smallest, for a test")
         def smallest(candidates):
             return [-layer.nb_parameters for layer in candidates.layers]
@@ -237,17 +237,17 @@ class TestRules:
 
     @pytest.mark.parametrize("scores", [[1.0], [math.nan] * 4, [-math.inf] * 4])
     def test_useless_scores_are_refused(self, candidates, scores):
-        with pytest.raises(ValueError, match=r"gave 1 scores for 4 layers|No layer has a finite score"):
+        with pytest.raises(ValueError, match=r"returned 1 scores for 4 layers|no layer that may be chosen has a score"):
             choose(lambda _: scores, candidates, Budget(count=1))
 
-    def test_no_scored_layer_within_the_budget(self, candidates):
+    def test_no_scored_layer_fits_the_budget(self, candidates):
         sizes = [layer.nb_parameters for layer in candidates.layers]
         scores = [-math.inf if size == min(sizes) else 1.0 for size in sizes]
         share = min(sizes) / sum(sizes)
         with pytest.raises(ValueError, match="`budget`: no layer that the rule scores fits into"):
             choose(lambda _: scores, candidates, Budget(parameter_share=share * 1.001))
 
-    def test_bad_input(self):
+    def test_bad_rules(self):
         with pytest.raises(ValueError, match=r"`selection` must be one of 'criticality', .* got 'worst'"):
             as_rule("worst")
         for wrong in (3, [], [1, 2]):

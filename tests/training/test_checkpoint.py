@@ -58,7 +58,7 @@ def make_run(
     clip_values=(0.0, 1.0),
     **kwargs,
 ):
-    """A run with everything in it that is drawn at random: order, augmentation, ratio, random start, dropout."""
+    """A run that draws everything that can be random: order, augmentation, ratio, random start, dropout."""
     torch.manual_seed(7)
     model = network()
     optimizer = (optimizer or (lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=5e-4)))(model.parameters())
@@ -105,7 +105,7 @@ def without_seconds(history):
 
 
 def interrupt(trainer, at):
-    """Let the trainer fail in its batch number `at`."""
+    """Make the trainer fail in batch `at`."""
     batches = []
 
     def failing(loop, step, *args):
@@ -118,7 +118,7 @@ def interrupt(trainer, at):
 
 
 def fit_in_two_goes(network, folder, at):
-    """Fit a network, interrupted in batch number `at`, and another one that goes on."""
+    """Fit a network, interrupted in batch `at`, and resume with another network."""
     broken = make_run(network)
     interrupt(broken[0], at)
     with pytest.raises(KeyboardInterrupt):
@@ -128,14 +128,14 @@ def fit_in_two_goes(network, folder, at):
 
 class TestResume:
     @pytest.mark.parametrize("at", [1, 5, 7, 13, 20, 29, 36])
-    def test_continues_as_if_nothing_had_happened(self, tmp_path, at):
+    def test_resumed_run_ends_like_one_without_a_break(self, tmp_path, at):
         straight = make_run()
         expected = fit(straight, validation_data=make_data(20))
         broken = make_run()
         interrupt(broken[0], at)
         with pytest.raises(KeyboardInterrupt):
             fit(broken, tmp_path, validation_data=make_data(20))
-        np.random.rand(at), torch.rand(at), random.random()  # what went on in between does not matter
+        np.random.rand(at), torch.rand(at), random.random()  # random numbers drawn in between do not matter
         resumed = make_run()
         assert_equal(fit(resumed, tmp_path, validation_data=make_data(20)), expected)
         assert without_seconds(resumed[0].history) == without_seconds(straight[0].history)
@@ -164,7 +164,7 @@ class TestResume:
         assert len(steps) == 36 - 18  # six batches an epoch, saved after every second
 
     @pytest.mark.parametrize("scheduler", [None, lambda o: lr.CosineAnnealingWarmRestarts(o, 2, T_mult=2)])
-    def test_the_same_objects_can_go_on(self, tmp_path, scheduler):
+    def test_the_same_objects_can_resume(self, tmp_path, scheduler):
         """As in a notebook: the scheduler has changed the learning rate when `fit` is called again."""
         run = make_run(scheduler=scheduler)
         interrupt(run[0], 29)
@@ -173,7 +173,7 @@ class TestResume:
         run[0].loop_class = TrainingLoop
         assert_equal(fit(run, tmp_path), fit(make_run(scheduler=scheduler)))
 
-    def test_a_finished_run_is_given_back_as_it_ended_and_the_log_says_so(self, tmp_path, caplog):
+    def test_a_finished_run_is_loaded_and_the_log_says_so(self, tmp_path, caplog):
         caplog.set_level("INFO", "art_clat.training.loop")
         first = make_run()
         expected = fit(first, tmp_path)
@@ -181,7 +181,7 @@ class TestResume:
         again = make_run()
         assert_equal(fit(again, tmp_path), expected)
         assert again[0].history == first[0].history
-        assert "The checkpoint's run is finished; its weights take the place of those at hand." in caplog.text
+        assert "The run in the checkpoint is finished; the classifier gets its weights." in caplog.text
 
     def test_a_seed_that_was_drawn_is_kept(self, tmp_path):
         np.random.seed(1)
@@ -344,12 +344,12 @@ class TestBest:
         assert_equal(model.state_dict(), last)
 
     @pytest.mark.parametrize("with_checkpoint", [False, True])
-    def test_is_what_the_run_ends_on_if_asked(self, tmp_path, with_checkpoint):
+    def test_restore_best_ends_the_run_on_it(self, tmp_path, with_checkpoint):
         straight = self.fit_up_and_down(tmp_path / "straight")
         trainer = self.fit_up_and_down(tmp_path / "best" if with_checkpoint else None, restore_best=True)
         assert_equal(trainer.classifier.model.state_dict(), load_file(tmp_path / "straight" / "best.safetensors"))
         assert without_seconds(trainer.history) == without_seconds(straight.history)
-        if with_checkpoint:  # a run that is already over
+        if with_checkpoint:  # once more, with a run that is finished
             again = self.fit_up_and_down(tmp_path / "best", restore_best=True)
             assert_equal(again.classifier.model.state_dict(), trainer.classifier.model.state_dict())
 
@@ -480,7 +480,7 @@ class TestOtherRuns:
                 super().__init__()
                 self.temperature = nn.Parameter(torch.ones(()))
 
-        with pytest.raises(ValueError, match=r"`classifier.loss` has parameters of its own \(temperature\)"):
+        with pytest.raises(ValueError, match=r"`classifier.loss` has parameters \(temperature\)"):
             fit(make_run(Chain, loss=Scaled()), tmp_path)
         assert not list(tmp_path.iterdir())
         fit(make_run(Chain, loss=Scaled()), nb_epochs=1)
@@ -518,7 +518,7 @@ class TestOtherRuns:
             fit(make_run(Chain), tmp_path / "here", nb_epochs=1, validation_data=make_data(8))
 
     def test_the_device_is_no_difference(self):
-        """ART's preprocessing writes it in its `repr`; several processes have one each."""
+        """ART's preprocessing has it in its `repr`, and every process has another one."""
         facts = []
         for device in ("cuda:0", "cuda:1"):
             (trainer, scheduler) = make_run(preprocessing=(0.1, 0.5))
@@ -582,7 +582,7 @@ class TestBadFiles:
             def __reduce__(self):
                 return os.mkdir, (str(target),)
 
-        pickle.loads(pickle.dumps(Hostile()))  # it does what it says
+        pickle.loads(pickle.dumps(Hostile()))  # it runs code when it is loaded
         target.rmdir()
         for dump in (pickle.dumps, lambda x: _saved_by_torch(x, tmp_path)):
             (tmp_path / "last.safetensors").write_bytes(dump(Hostile()))
@@ -637,7 +637,7 @@ class TestBadFiles:
         assert_equal(state_of(run), before)
 
     @pytest.mark.parametrize("path", ["", 3, True])
-    def test_what_is_no_path(self, path):
+    def test_values_that_are_no_path(self, path):
         with pytest.raises(ValueError, match="`checkpoint` must be the path of a folder"):
             fit(make_run(Chain), path)
 

@@ -51,7 +51,7 @@ def test_the_same_as_one_process(tmp_path, one_process, nb_processes, monkeypatc
             np.testing.assert_allclose(first[name]["state"][key], value, rtol=1e-3, atol=1e-4, err_msg=f"{name}, {key}")
 
 
-def test_what_cannot_be_shared_is_refused_in_every_process(tmp_path):
+def test_every_process_refuses_what_cannot_be_shared(tmp_path):
     for messages in results(tmp_path, "refuse", 2):
         assert "`batch_size` 1 leaves a batch of 1 of 50 inputs, fewer than the 2 processes" in messages.pop(
             "batch smaller than ranks"
@@ -67,7 +67,7 @@ def test_what_cannot_be_shared_is_refused_in_every_process(tmp_path):
         assert "differ in checkpoint: all" in messages.pop("checkpoint of one only")
         assert "differ in the checkpoint: all" in messages.pop("folder of one only")
         assert "ignores the class 0" in messages.pop("ignored class")
-        assert "has parameters of its own (temperature)" in messages.pop("loss with parameters")
+        assert "has parameters (temperature)" in messages.pop("loss with parameters")
         assert "bn2 keeps running statistics of single samples" in messages.pop("norm of samples with statistics")
         assert "bn2 has no running statistics" in messages.pop("norm without statistics")
         assert messages.pop("a loss that is not finite in one").startswith("FloatingPointError")
@@ -75,7 +75,7 @@ def test_what_cannot_be_shared_is_refused_in_every_process(tmp_path):
 
 
 def test_the_model_comes_back_as_it_was_and_equal_everywhere(tmp_path):
-    """Also with dropout, which leaves out other units in every process, and a seed that one of them draws for all."""
+    """Also with dropout, which differs between processes, and a seed that the first process draws for all."""
     first, second = results(tmp_path, "hooks", 2)
     assert first["hooks"] == second["hooks"] == 0
     assert first["threads"] == second["threads"] == 0
@@ -107,17 +107,17 @@ def end(processes):
         process.communicate()
 
 
-def test_a_process_that_hangs_is_not_waited_for_forever(tmp_path):
+def test_waiting_for_a_process_that_hangs_ends(tmp_path):
     processes = start_two("hang", tmp_path)
     try:
-        _, message = processes[0].communicate(timeout=150)  # of torch's own half an hour
+        _, message = processes[0].communicate(timeout=150)  # torch would wait for half an hour
     finally:
         end(processes)
     assert processes[0].returncode == 1 and processes[1].returncode == -signal.SIGKILL
     assert "ConnectionError: Process 0 of 2 has lost another one, which died or did not answer" in message
 
 
-def test_a_process_that_dies_ends_the_run_which_goes_on_with_one_process(tmp_path, one_process):
+def test_a_dead_process_ends_the_run_and_one_process_resumes_it(tmp_path, one_process):
     processes = start_two("die", tmp_path)
     try:
         _, message = processes[0].communicate(timeout=150)  # a hang, not slowness, would take this long
@@ -136,7 +136,7 @@ def test_a_process_that_dies_ends_the_run_which_goes_on_with_one_process(tmp_pat
 
 
 def test_the_example(tmp_path):
-    for nb_processes in (2, 1):  # the second goes on where the first ended, which is at the end
+    for nb_processes in (2, 1):  # the second run resumes the finished first one
         done = launch(
             nb_processes, ROOT / "examples" / "distributed.py", "--epochs", 2, "--batch-size", 400, "--output", tmp_path
         )

@@ -74,7 +74,7 @@ def test_heat_map_shows_every_layer_and_marks_the_chosen(nb_layers, tmp_path):
     save(ax, tmp_path / "heat-map.png")
 
 
-def test_colours_are_not_drowned_by_the_head():
+def test_the_head_does_not_set_the_colour_scale():
     ax = make_history().plot_heat_map()
     assert ax.images[0].norm.vmax < 5
 
@@ -107,7 +107,7 @@ def test_heat_map_is_coloured_by_the_rule_that_chose():
     history = scored("gradient_prominence", (0.1, 0.9, 40.0), (0.3, 0.2, 50.0))
     ax = history.plot_heat_map()
     (image,) = ax.get_images()
-    assert image.get_array().tolist() == [[0.1, 0.3], [0.9, 0.2], [0.9, 0.9]]  # the head's are cut
+    assert image.get_array().tolist() == [[0.1, 0.3], [0.9, 0.2], [0.9, 0.9]]  # the head's scores are cut
     assert "gradient_prominence" in ax.figure.axes[1].get_ylabel()
 
 
@@ -127,7 +127,7 @@ def test_heat_map_without_scores_shows_the_criticality_index(scores):
     assert image.get_array()[1, 0] == pytest.approx(index[1]) and "C_i" in ax.figure.axes[1].get_ylabel()
 
 
-def test_scores_are_read_back_as_far_as_json_can_hold_them():
+def test_scores_that_are_not_finite_are_read_back_as_nan():
     history = scored("all", (math.inf, 0.5, -math.inf))
     again = History.from_json(history.to_json()).selections[0]
     assert again.rule == "all" and again.scores[1] == 0.5 and math.isnan(again.scores[0])

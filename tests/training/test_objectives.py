@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from conftest import INPUT_SHAPE, OwnBatchNorm, make_attack, make_classifier
+from conftest import INPUT_SHAPE, ForeignBatchNorm, make_attack, make_classifier
 from torch import nn
 
 from art_clat.attacks.tensor_attack import TensorAttack
@@ -68,7 +68,7 @@ def test_loss_and_gradient_are_those_of_the_equations(chain, case, reading):
 
 
 @pytest.mark.parametrize("reading", ["adversarial", "clean"])
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d, OwnBatchNorm])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, ForeignBatchNorm])
 def test_statistics_are_those_of_the_pass_with_the_cross_entropy(normed, data, reading, norm):
     """At λ = 0 the "adversarial" objective is adversarial training of the chosen layers, BatchNorm and all."""
     normed.bn2 = norm(6)
@@ -157,14 +157,14 @@ def test_single_step_goes_to_the_edge_of_the_ball(case):
 
 
 @pytest.mark.parametrize("objective", [AdversarialTraining, AdversarialCLAT])
-def test_one_ordinary_attack(case, objective):
+def test_objectives_without_inner_loss_use_the_ordinary_attack(case, objective):
     network, chosen, x, _, y = case
     attack = TensorAttack(make_attack(network.estimator), network)
     made = objective(network, None if objective is AdversarialTraining else chosen, WEIGHT)
     assert torch.equal(made.perturb(attack, Batch.whole(x, y)), attack(Batch.whole(x, y)))
 
 
-def test_the_networks_own_preprocessing_and_loss_are_used(chain, data):
+def test_the_classifiers_preprocessing_and_loss_are_used(chain, data):
     loss = nn.CrossEntropyLoss(label_smoothing=0.2)
     network = TensorClassifier(make_classifier(chain, loss=loss, preprocessing=(0.4, 0.25)))
     x, y = torch.tensor(data[0]), torch.tensor(data[1])
@@ -172,7 +172,7 @@ def test_the_networks_own_preprocessing_and_loss_are_used(chain, data):
     torch.testing.assert_close(AdversarialTraining(network, None, 0.0).loss(Batch.whole(x, y), x).loss, expected)
 
 
-def test_relative_distance_is_that_over_the_length_of_the_feature(chain, case):
+def test_relative_distance_is_divided_by_the_length_of_the_clean_feature(chain, case):
     network, chosen, x, x_adv, y = case
     got = RelativeCLAT(network, chosen, WEIGHT).loss(Batch.whole(x, y), x_adv)
     clean, perturbed = chain.features(x), chain.features(x_adv)
@@ -199,7 +199,7 @@ def test_trades_is_clean_cross_entropy_and_divergence(chain, case):
     torch.testing.assert_close(got.logits, clean.detach())
 
 
-def test_trades_climbs_the_divergence_from_close_by(chain, case):
+def test_trades_climbs_the_divergence_from_near_the_input(chain, case):
     network, _, x, _, y = case
     attack = TensorAttack(make_attack(network.estimator, eps=0.1, eps_step=0.02, max_iter=20), network)
 
@@ -250,7 +250,7 @@ def test_every_objective_trains_the_chosen_layers(chain, case, name):
     assert all(g.abs().sum() > 0 for g in torch.autograd.grad(got.loss, chosen[0].parameters()))
 
 
-def test_users_own_objective(case):
+def test_a_registered_objective(case):
     network, chosen, *_ = case
 
     @register_objective("doubled, for a test")

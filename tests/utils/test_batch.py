@@ -4,14 +4,14 @@ from art_clat import Batch
 from art_clat.utils.processes import Part
 
 
-def test_a_whole_batch_is_its_own_part():
+def test_a_whole_batch_has_one_part():
     batch = Batch.whole(torch.rand(5, 2), torch.arange(5))
     assert len(batch) == batch.part.total == 5
     assert torch.equal(torch.arange(5)[batch.part.mine], torch.arange(5))
 
 
-def test_chunks_of_a_share_know_their_places_in_the_whole():
-    """Of 100 samples in all processes, 80 here, from the tenth on."""
+def test_chunks_know_their_places_in_the_whole_batch():
+    """This process holds 80 of 100 samples, from the tenth on."""
     batch = Batch(torch.rand(80, 3, 32, 32), torch.arange(80), Part(100, slice(10, 90)))
     chunks = batch.chunks()
     assert [len(chunk) for chunk in chunks] == [32, 32, 16]

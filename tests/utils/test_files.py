@@ -11,7 +11,7 @@ from art_clat.utils.files import prepare, read, write
 
 @pytest.fixture(params=[0o022, 0o077])
 def expected(request, tmp_path):
-    """Set a umask; the permissions that it gives any file."""
+    """Set a umask; return the permissions of a new file under it."""
     before = os.umask(request.param)
     (tmp_path / "any").write_text("")
     yield stat.S_IMODE((tmp_path / "any").stat().st_mode)
@@ -37,8 +37,8 @@ def test_files_are_as_readable_as_the_umask_says(expected, tmp_path):
     )
 
 
-def test_what_a_kill_leaves_has_the_name_that_is_cleared(tmp_path, monkeypatch):
-    """Whatever the kill interrupts: here the wait for the disk."""
+def test_files_that_a_kill_leaves_are_deleted(tmp_path, monkeypatch):
+    """Here the kill interrupts the wait for the disk."""
     path = tmp_path / "last.safetensors"
     write(path, {"x": torch.zeros(3)}, {"a": 1})
 

@@ -7,7 +7,7 @@ from art_clat.utils.formatting import format_eps
     ("eps", "norm", "text"),
     [
         (8 / 255, "Linf", "8/255"),
-        (0.0313725490196, "Linf", "8/255"),  # as somebody may have typed it
+        (0.0313725490196, "Linf", "8/255"),  # 8/255 as someone may type it
         (0.03, "Linf", "0.03"),
         (1.0, "Linf", "255/255"),
         (0.5, "L2", "0.5"),

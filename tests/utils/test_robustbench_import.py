@@ -1,4 +1,4 @@
-"""RobustBench and AutoAttack, imported as a stranger would: from scripts in other folders."""
+"""Import RobustBench and AutoAttack as a user would: in scripts in other folders."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ HELPERS = "from art_clat.utils.robustbench_import import autoattack, install_fin
 
 @pytest.fixture
 def run(tmp_path):
-    """Run Python code as a script in a folder of its own, and return the lines that it printed."""
+    """Run Python code as a script in a new folder, and return the lines that it printed."""
 
     def run(code, *, command=False):
         (tmp_path / "script.py").write_text(code)
@@ -43,7 +43,7 @@ def test_importing_the_package_makes_robustbench_importable(run, code, command):
     run(f"import art_clat\n{code}", command=command)
 
 
-def test_the_finder_is_last_and_finds_the_authors_own(run):
+def test_the_finder_is_last_and_finds_the_authors_attacks(run):
     run(
         "import sys, art_clat, importlib.util\n"
         "loaded = {name.partition('.')[0] for name in sys.modules}\n"
@@ -99,7 +99,7 @@ class TestSomethingElseOfThatName:
 
 
 def test_without_pyautoattack_it_says_how_to_get_it(run, tmp_path):
-    """Neither Python's own message changes, nor is a script of that name taken for the package."""
+    """Python's message stays the same, and a script of that name is not taken for the package."""
     said = run(
         "import sys; sys.modules['pyautoattack'] = None\n"
         f"import art_clat\n{HELPERS}"

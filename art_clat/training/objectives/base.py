@@ -18,13 +18,13 @@ from art_clat.utils.checks import check_choice
 
 class BatchLoss(NamedTuple):
     """
-    The loss of one batch and what it is made of.
+    The loss of one batch and its parts.
 
-    :param loss: What is minimised, with its graph.
-    :param cross_entropy: The classifier's own loss, detached.
-    :param criticality_loss: What is added to it, detached, before its weight: the batch mean of the summed feature
-           distance, or of the rival's own term.
-    :param logits: Detached, shape (batch, nb_classes).
+    :param loss: The loss to minimise, with its graph.
+    :param cross_entropy: Its first term, detached: the classifier's loss, or what a rival uses instead.
+    :param criticality_loss: Its second term, detached, before its weight: the batch mean of the summed feature
+           distance, or of a rival's term.
+    :param logits: Shape (batch, nb_classes), detached.
     """
 
     loss: torch.Tensor
@@ -39,11 +39,11 @@ class BatchLoss(NamedTuple):
         """
         Add the weighted batch mean of a second term to a cross-entropy.
 
-        :param cross_entropy: The mean over the batch, with its graph.
+        :param cross_entropy: Mean over the batch, with its graph.
         :param term: One value a sample, with its graph.
         :param weight: λ, at least 0.
         :param logits: Shape (batch, nb_classes).
-        :return: The loss.
+        :return: The loss and its parts.
         """
         mean = term.mean()
         return cls(cross_entropy + weight * mean, cross_entropy.detach(), mean.detach(), logits.detach())
@@ -51,20 +51,20 @@ class BatchLoss(NamedTuple):
 
 class Objective(abc.ABC):
     """
-    What training climbs with its inner attack, and what it minimises on the result.
+    What training climbs with its inner attack, and what it then minimises.
 
-    :param classifier: The classifier.
-    :param layers: The layers that are trained, or `None` for the whole network.
+    :param classifier: The classifier that is trained.
+    :param layers: The layers that are trained; `None` for the whole network.
     :param weight: λ of eq. 6, or the weight of a rival's second term; at least 0.
     """
 
     #: The weight if the trainer's ``criticality_weight`` is `None`.
     default_weight: ClassVar[float] = 0.0
-    #: Whether it can train the whole network, and so serve as a ``first_stage``.
+    #: Whether it can train the whole network, and so be a ``first_stage``.
     trains_whole_network: ClassVar[bool] = False
     #: Whether the logits of :meth:`loss` are those of the perturbed batch.
     logits_are_adversarial: ClassVar[bool] = True
-    #: Whether :meth:`inner_loss` is climbed in one step of size ε, not in the attack's own steps.
+    #: Whether :meth:`inner_loss` is climbed in one step of size ε instead of the attack's steps.
     single_step: ClassVar[bool] = False
 
     def __init__(self, classifier: TensorClassifier, layers: Sequence[Layer] | None, weight: float) -> None:
@@ -77,16 +77,16 @@ class Objective(abc.ABC):
         Return the loss that the inner attack climbs.
 
         :param batch: The batch before the attack.
-        :return: A function of a perturbed batch; `None` for the attack's own loss.
+        :return: A function of perturbed inputs; `None` for the attack's loss.
         """
         return None
 
     def inner_start(self, attack: TensorAttack, batch: Batch) -> torch.Tensor:
         """
-        Choose where the inner attack starts; used only with an :meth:`inner_loss`.
+        Choose where the inner attack starts; used only if :meth:`inner_loss` is overridden.
 
-        :param attack: The attack.
-        :param batch: The batch.
+        :param attack: The attack, whose ball limits the start.
+        :param batch: The batch before the attack.
         :return: Shape of ``batch.x``.
         """
         return attack.start(batch)
@@ -94,19 +94,19 @@ class Objective(abc.ABC):
     @abc.abstractmethod
     def loss(self, batch: Batch, x_adv: torch.Tensor) -> BatchLoss:
         """
-        Compute what the optimiser minimises, in the modes the network is in.
+        Compute the loss that the optimiser minimises; the network is in the modes of training.
 
-        :param batch: The batch.
+        :param batch: The batch before the attack.
         :param x_adv: Its perturbed inputs, shape of ``batch.x``.
-        :return: The loss.
+        :return: The loss and its parts.
         """
 
     def perturb(self, attack: TensorAttack, batch: Batch) -> torch.Tensor:
         """
         Solve the inner maximisation, with the network in evaluation mode.
 
-        :param attack: The attack, whose ball and steps are used.
-        :param batch: The batch.
+        :param attack: The attack; an :meth:`inner_loss` is climbed with its ball and steps.
+        :param batch: The batch to perturb.
         :return: Perturbed inputs, shape of ``batch.x``, detached.
         """
         if not self.has_inner_loss():
@@ -115,11 +115,7 @@ class Objective(abc.ABC):
 
     @classmethod
     def has_inner_loss(cls) -> bool:
-        """
-        Tell whether the objective climbs a loss of its own, and so needs an attack whose ball and steps are known.
-
-        :return: Whether the class overrides :meth:`inner_loss`.
-        """
+        """Return whether the class overrides :meth:`inner_loss`; if so, the attack's ball and steps must be known."""
         return cls.inner_loss is not Objective.inner_loss
 
     def _climbed(self, batch: Batch) -> Loss:
@@ -133,7 +129,7 @@ OBJECTIVES: dict[str, type[Objective]] = {}
 
 def register_objective(name: str) -> Callable[[type[Objective]], type[Objective]]:
     """
-    Make an objective known by a name, for the trainer's ``objective=``.
+    Register an objective under a name that the trainer's ``objective=`` accepts.
 
     Example::
 
@@ -145,14 +141,14 @@ def register_objective(name: str) -> Callable[[type[Objective]], type[Objective]
                 loss, logits = self.classifier.loss(batch.x, batch.y)
                 return BatchLoss(loss, loss.detach(), torch.zeros_like(loss), logits.detach())
 
-    :param name: The name.
+    :param name: The name; it must not be taken.
     :return: A decorator that returns the class unchanged.
     :raises ValueError: If the name is taken.
     """
 
     def register(cls: type[Objective]) -> type[Objective]:
         if OBJECTIVES.get(name, cls) is not cls:
-            raise ValueError(f"There is an objective {name!r} already; choose another name.")
+            raise ValueError(f"There is already an objective {name!r}; choose another name.")
         OBJECTIVES[name] = cls
         return cls
 
@@ -161,25 +157,18 @@ def register_objective(name: str) -> Callable[[type[Objective]], type[Objective]
 
 def list_objectives(*, first_stage: bool = False) -> list[str]:
     """
-    List the names that the trainer's ``objective=`` accepts, or its ``first_stage=``.
+    List the objectives that the trainer's ``objective=`` or ``first_stage=`` accepts by name.
 
     >>> list_objectives(first_stage=True)
     ['pgd_at', 'trades', 'mart']
 
-    :param first_stage: Only those that can train the whole network.
+    :param first_stage: List only the objectives that can train the whole network.
     :return: The names, in the order of registration.
     """
     return [name for name, cls in OBJECTIVES.items() if cls.trains_whole_network or not first_stage]
 
 
 def find_objective(name: str, *, argument: str = "objective") -> type[Objective]:
-    """
-    Return the objective that a user names.
-
-    :param name: Its name.
-    :param argument: ``"objective"`` or ``"first_stage"``, the argument it was named in.
-    :return: The class.
-    :raises ValueError: If there is no such objective.
-    """
+    """Return the objective of a name; `argument` is where the user gave it, ``"objective"`` or ``"first_stage"``."""
     check_choice(name, list_objectives(first_stage=argument == "first_stage"), argument=argument)
     return OBJECTIVES[name]

@@ -14,11 +14,11 @@ from art_clat.layers.layer import Layer
 from art_clat.models.tensor_classifier import TensorClassifier
 from art_clat.training.objectives.base import BatchLoss, Objective, register_objective
 from art_clat.utils.batch import Batch
-from art_clat.utils.modes import own_statistics
+from art_clat.utils.modes import kept_statistics
 
 
 class _FeatureObjective(Objective):
-    """An objective with the feature distance of the chosen layers in it."""
+    """An objective that contains the feature distance of the chosen layers."""
 
     relative: ClassVar[bool] = False
 
@@ -29,31 +29,27 @@ class _FeatureObjective(Objective):
         self.modules = [module for layer in chosen for module in layer.modules]
 
     def distance(self) -> torch.Tensor:
-        """
-        Return the summed distance of the features seen last.
-
-        :return: Shape (batch,).
-        """
+        """Return the summed distance of the features seen last, shape (batch,)."""
         return self.features.total_relative_distance() if self.relative else self.features.total_distance()
 
 
 @register_objective("adversarial")
 class AdversarialCLAT(_FeatureObjective):
     """
-    CLAT on the ordinary adversarial examples: one output attack makes δ, and the critical layers minimise
+    CLAT on ordinary adversarial examples. One output attack makes δ, and the chosen layers S minimise
 
         L(F(x+δ), y) + λ · E[ Σ_{i∈S} ‖F_i(x+δ) − F_i(x)‖_2 ].
 
-    This departs from eq. 5 and 6 in two ways: the cross-entropy is on the perturbed batch, and the same δ serves the
-    feature distance. The gradient flows through both features, as in eq. 6. The clean pass ends at the last of them.
-    BatchNorms in S that it meets normalise by its own batch, in training mode, as in TRADES, but their running
-    statistics are those of the perturbed batches alone: the same for all of S, and the same as in adversarial training.
+    This departs from eq. 5 and 6 in two ways: the cross-entropy is taken on the perturbed batch, and the feature
+    distance at the same δ. As in eq. 6, the gradient flows through both features. The clean pass ends at the last
+    chosen layer. In it the BatchNorms in S are in training mode and normalise by the clean batch, as in TRADES. Their
+    running statistics are updated on the perturbed batches alone, as in adversarial training.
     """
 
     default_weight = 0.02
 
     def loss(self, batch: Batch, x_adv: torch.Tensor) -> BatchLoss:
-        with self.features.keep(stop=True), own_statistics(self.modules):
+        with self.features.keep(stop=True), kept_statistics(self.modules):
             self.classifier.logits(batch.x)
         with self.features.compare(forget=True):
             cross_entropy, logits = self.classifier.loss(x_adv, batch.y)
@@ -63,12 +59,12 @@ class AdversarialCLAT(_FeatureObjective):
 @register_objective("clean")
 class CleanCLAT(_FeatureObjective):
     """
-    CLAT to the letter: an inner attack on the summed feature distance (eq. 5) and clean cross-entropy (eq. 6),
+    CLAT to the letter: an inner attack on the summed feature distance (eq. 5), and clean cross-entropy (eq. 6),
 
         min over S:  L(F(x), y) + λ · E[ sup_δ Σ_{i∈S} ‖F_i(x+δ) − F_i(x)‖_2 ].
 
-    The distance is zero at δ = 0, and so is its gradient: the inner attack starts at random whatever the ART attack
-    does. Running statistics of BatchNorms in S are those of the clean batches.
+    At δ = 0 the distance and its gradient are zero, so the inner attack always starts at random, even if the ART attack
+    does not. Running statistics of BatchNorms in S are updated on the clean batches alone.
     """
 
     default_weight = 0.05
@@ -82,7 +78,8 @@ class CleanCLAT(_FeatureObjective):
             with self.features.compare(stop=True):
                 self.classifier.logits(z)
             total = self.distance()
-            return total if total.requires_grad else total + 0 * z.flatten(1).sum(dim=1)  # no feature depends on z
+            # The attack needs a gradient even if no feature depends on z.
+            return total if total.requires_grad else total + 0 * z.flatten(1).sum(dim=1)
 
         return distance
 
@@ -90,8 +87,8 @@ class CleanCLAT(_FeatureObjective):
         return attack.random_start(batch)
 
     def loss(self, batch: Batch, x_adv: torch.Tensor) -> BatchLoss:
-        # The perturbed pass comes first: the backward pass reaches it last, when the memory of the other is free again.
-        with self.features.keep(stop=True), own_statistics(self.modules):
+        # The perturbed pass comes first: the backward pass reaches it last, when the clean pass has freed its memory.
+        with self.features.keep(stop=True), kept_statistics(self.modules):
             self.classifier.logits(x_adv)
         with self.features.compare(forget=True):
             cross_entropy, logits = self.classifier.loss(batch.x, batch.y)
@@ -100,7 +97,7 @@ class CleanCLAT(_FeatureObjective):
 
 @register_objective("clean_single_step")
 class SingleStepCLAT(CleanCLAT):
-    """CLAT to the letter with one step of size ε as the inner attack: "CLAT (fast)"."""
+    """CLAT to the letter with an inner attack of one step of size ε: "CLAT (fast)"."""
 
     single_step = True
 
@@ -108,10 +105,10 @@ class SingleStepCLAT(CleanCLAT):
 @register_objective("relative")
 class RelativeCLAT(AdversarialCLAT):
     """
-    As :class:`AdversarialCLAT`, with every distance divided by the length of the clean feature, ``‖F_i(x)‖_2``.
+    :class:`AdversarialCLAT` with every distance divided by the length of the clean feature, ``‖F_i(x)‖_2``.
 
-    So does the layer-wise penalty of LSA (arXiv 2202.02626). The scale of the layer's weights cancels, in the gradient
-    too.
+    The layer-wise penalty of LSA does the same (arXiv 2202.02626). The scale of the layer's weights cancels, also in
+    the gradient.
     """
 
     default_weight = 1.0

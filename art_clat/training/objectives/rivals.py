@@ -11,18 +11,12 @@ from art_clat.utils.batch import Batch
 
 
 class _OutputObjective(Objective):
-    """An objective that looks at outputs only, and so can train the whole network."""
+    """An objective of outputs only, which can therefore train the whole network."""
 
     trains_whole_network = True
 
     def outputs(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Compute loss and logits with the preprocessing of training if the whole network is trained, else of prediction.
-
-        :param x: Inputs, shape (batch, *input_shape).
-        :param y: Their labels.
-        :return: The classifier's own loss, and logits of shape (batch, nb_classes).
-        """
+        """Compute loss and logits, with the preprocessing of training if the whole network is trained."""
         return self.classifier.loss(x, y, fit=self.layers is None)
 
 
@@ -46,8 +40,8 @@ class TRADES(_OutputObjective):
     default_weight = 6.0
     logits_are_adversarial = False
 
-    #: Standard deviation of the noise that the inner attack starts from, as its authors' code has it: the divergence
-    #: and its gradient are zero at δ = 0.
+    #: Standard deviation of the noise that the inner attack starts from, as in the authors' code. At δ = 0 the
+    #: divergence and its gradient are zero.
     START = 0.001
 
     def inner_loss(self, batch: Batch) -> Loss:
@@ -67,13 +61,13 @@ class TRADES(_OutputObjective):
 @register_objective("mart")
 class MART(_OutputObjective):
     """
-    MART (Wang et al., ICLR 2020): boosted cross-entropy on the adversarial examples, and the divergence from the clean
-    outputs, which counts as much as the clean sample is misclassified,
+    MART (Wang et al., ICLR 2020): boosted cross-entropy on the adversarial examples, and their divergence from the
+    clean outputs, weighted by how wrong the clean prediction is,
 
         −log p_y(x') − log(1 − max_{k≠y} p_k(x')) + λ · KL(p(x) ‖ p(x')) · (1 − p_y(x)).
 
-    The classifier's own loss is not used; labels that are probabilities count as their largest. x' is what the
-    trainer's attack makes; its authors' code begins PGD at Gaussian noise of 0.001 instead.
+    It does not use the classifier's loss. Of labels that are probabilities it uses the largest. The trainer's attack
+    makes x'; the authors' code starts PGD from Gaussian noise of standard deviation 0.001 instead.
     """
 
     default_weight = 5.0
