@@ -34,7 +34,7 @@ BLOCKS = [block for name in MODULES if not name.endswith("__main__") for block i
 def registries():
     """The tables of rules and objectives, put back afterwards: examples register."""
     before = [(table, dict(table)) for table in (SELECTION_RULES, OBJECTIVES)]
-    yield
+    yield {"selection": set(SELECTION_RULES), "objective": set(OBJECTIVES)}
     for table, content in before:
         table.clear()
         table.update(content)
@@ -76,3 +76,9 @@ def test_examples_in_docstrings(name, code, names, registries):
     names["model"].maxpool = nn.MaxPool2d(2)
     module = importlib.import_module(name.rpartition(".")[0])
     exec(compile(code, name, "exec"), vars(module) | names)
+    for option, table in (("selection", SELECTION_RULES), ("objective", OBJECTIVES)):
+        for registered in set(table) - registries[option]:  # what an example registers must also train
+            trainer = art_clat.AdversarialTrainerCLATPyTorch(
+                names["classifier"], names["attack"], **{option: registered}, seed=0
+            )
+            trainer.fit(names["x_train"], names["y_train"], nb_epochs=1, verbose=False)

@@ -45,7 +45,7 @@ def commands(document):
 def registries():
     """The tables of rules and objectives, put back afterwards: examples register."""
     before = [(table, dict(table)) for table in (SELECTION_RULES, OBJECTIVES)]
-    yield
+    yield {"selection": set(SELECTION_RULES), "objective": set(OBJECTIVES)}
     for table, content in before:
         table.clear()
         table.update(content)
@@ -88,6 +88,12 @@ def test_python_blocks_run(document, names, registries, tmp_path, monkeypatch):
         shutil.rmtree("runs", ignore_errors=True)
         run(block, names)
     assert Path("heat-map.png").stat().st_size > 5_000
+    for option, table in (("selection", SELECTION_RULES), ("objective", OBJECTIVES)):
+        for registered in set(table) - registries[option]:  # what an example registers must also train
+            trainer = art_clat.AdversarialTrainerCLATPyTorch(
+                names["classifier"], names["attack"], **{option: registered}, seed=0
+            )
+            trainer.fit(names["x_train"], names["y_train"], nb_epochs=1, verbose=False)
 
 
 def test_the_diff_runs_on_both_sides(names):
