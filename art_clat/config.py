@@ -24,6 +24,8 @@ class LayerOptions:
     """
     What counts as one layer of the network, where its feature is taken, and what is frozen with it.
 
+    Position tables and scales are not layers. The second stage freezes them unless their block is chosen.
+
     :param granularity: ``"layer"``: each weighted module without weighted children, with the norm on its output.
            ``"block"``: the groups that timm makes of a model's parameters (``group_matcher``). Or a list of module
            names and regular expressions that match whole names: each module that matches is one layer, trained with all
@@ -147,7 +149,8 @@ class PerformanceOptions:
     """
     Ways to run faster. They round differently, and whether they are faster depends on the machine.
 
-    :param amp: Train in bfloat16 where autocast allows it. Selection and validation stay in float32.
+    :param amp: Train in bfloat16 where autocast allows it, which needs no gradient scaler. ART's ``use_amp`` is not used.
+           Selection and validation stay in float32.
     :param compile: Run attacks on the network's output through ``torch.compile``. Passes that look at features or stop
            early are not compiled, nor is the update of the weights.
     :param channels_last: Store images and convolution weights with channels last during ``fit``.

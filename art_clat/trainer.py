@@ -63,7 +63,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
 
     Launched with ``torchrun``, or within a torch process group, the same script trains on several processors. Each
     process takes its share of every batch, so `batch_size` counts the samples of all. Losses, BatchNorm statistics,
-    criticality and accuracies are computed over the whole batch or data set.
+    criticality and accuracies are computed over the whole batch or data set. Each process needs a sample of every batch.
 
     | Please keep in mind the limitations of defences: very careful evaluations are required to assess the effectiveness
         of adversarial training case by case (see https://arxiv.org/abs/1902.06705).
@@ -202,7 +202,8 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         :param checkpoint: Folder to save the run in. If it holds a run with the same arguments, model and data, that
                run is resumed; on one processor it ends with the weights it would have had without the break. Resuming
                cannot detect a changed function: after a change of a ``LambdaLR`` or the augmentation, use a new folder.
-               Several processes must see the same folder.
+               Several processes must see the same folder. A loss with parameters is refused. An attack, augmentation or
+               module that draws from its own random generator does not repeat its numbers.
         :param checkpoint_every: Number of batches within an epoch after which to save, at least 1. The run is also
                saved after every epoch.
         :param restore_best: End with the weights of the epoch with the highest robust accuracy on `validation_data`

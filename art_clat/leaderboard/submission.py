@@ -275,7 +275,10 @@ def _maker(
         return load_function(name), {}
     if timm.is_model(name):
         return create_backbone, {"name": name, "num_classes": nb_classes, "input_size": input_size}
-    raise ValueError(f"`run`: the evaluation is of {name}, which is one of RobustBench's own models.")
+    raise ValueError(
+        f"`run`: the evaluation is of {name}, which is one of RobustBench's own models. If the weights are "
+        "yours, evaluate with `--model robustbench.model_zoo.cifar10:NameOfItsClass` or `file.py:function`."
+    )
 
 
 def _check_adversarial(evaluation: _Evaluation, data: EvaluationData, network: nn.Module) -> list[str]:

@@ -92,7 +92,8 @@ def create_backbone(
     :param mean: Mean of each channel, in [0, 1]; `None` for the one timm has for this network.
     :param std: Standard deviation of each channel; `None` for the one timm has for this network.
     :param kwargs: Passed on to ``timm.create_model``, e.g. ``channels=(16, 32, 64, 128)`` for a narrow ResNet. With
-           ``img_size`` or ``patch_size`` the network stays as timm makes it with them.
+           ``img_size`` or ``patch_size`` the network stays as timm makes it with them. timm 1.0.9, which RobustBench
+           1.1.1 pins, cannot download pretrained weights with ``huggingface_hub`` 2.
     :return: The network, in training mode.
     :raises ValueError: If timm does not know the name, a size cannot be used, or the network cannot be adapted to it.
     """

@@ -79,7 +79,8 @@ def evaluate_robustness(
     :param y: Index labels, shape (n,), or one-hot labels, shape (n, nb_classes).
     :param norm: ``"Linf"``, ``"L2"`` or ``"L1"`` (also ``np.inf``, 2, 1).
     :param eps: Radius of the ball, in units of inputs in [0, 1]: 8 / 255, not 8. At most 1 for ℓ∞.
-    :param autoattack_version: ``"standard"``, ``"plus"``, ``"rand"``, or `None` to leave AutoAttack out.
+    :param autoattack_version: ``"standard"``, ``"plus"``, ``"rand"``, or `None` to leave AutoAttack out. Its targeted
+           losses need at least four classes.
     :param pgd_max_iter: Number of PGD steps.
     :param pgd_eps_step: Size of a PGD step; `None` for ε / 4 (2 / 255 at 8 / 255, as in the paper).
     :param pgd_restarts: Number of random starts of PGD. Each attacks only what withstood the ones before.

@@ -140,6 +140,15 @@ class TestResume:
         assert_equal(fit(resumed, tmp_path, validation_data=make_data(20)), expected)
         assert without_seconds(resumed[0].history) == without_seconds(straight[0].history)
 
+    def test_random_starts_follow_from_the_batch_without_an_augmentation(self, tmp_path):
+        """The augmentation seeds the generators image by image, and would hide that the attack does not."""
+        expected = fit(make_run(augmentation=None))
+        broken = make_run(augmentation=None)
+        interrupt(broken[0], 6)
+        with pytest.raises(KeyboardInterrupt):
+            fit(broken, tmp_path)
+        assert_equal(fit(make_run(augmentation=None), tmp_path), expected)
+
     def test_weights_in_another_memory_format(self, tmp_path):
         def network():
             return Normed().to(memory_format=torch.channels_last)
