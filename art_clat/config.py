@@ -149,7 +149,7 @@ class PerformanceOptions:
     """
     Ways to run faster. They round differently, and whether they are faster depends on the machine.
 
-    :param amp: Train in bfloat16 where autocast allows it, which needs no gradient scaler. ART's ``use_amp`` is not used.
+    :param amp: Train in bfloat16 where autocast allows it, without a gradient scaler; ART's ``use_amp`` is not used.
            Selection and validation stay in float32.
     :param compile: Run attacks on the network's output through ``torch.compile``. Passes that look at features or stop
            early are not compiled, nor is the update of the weights.

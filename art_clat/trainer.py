@@ -63,7 +63,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
 
     Launched with ``torchrun``, or within a torch process group, the same script trains on several processors. Each
     process takes its share of every batch, so `batch_size` counts the samples of all. Losses, BatchNorm statistics,
-    criticality and accuracies are computed over the whole batch or data set. Each process needs a sample of every batch.
+    criticality and accuracies are computed over the whole batch or data set. Each process needs a sample of a batch.
 
     | Please keep in mind the limitations of defences: very careful evaluations are required to assess the effectiveness
         of adversarial training case by case (see https://arxiv.org/abs/1902.06705).
