@@ -73,10 +73,9 @@ def metadata_files(name: str) -> Iterator[tuple[Path, str]]:
     :param name: One of :data:`NAMED`.
     :return: The file, and its path below the folder that holds the package; nothing if it is not installed.
     """
-    try:
-        found = importlib.metadata.distribution(name).files or ()
-    except importlib.metadata.PackageNotFoundError:
-        return
-    for file in found:
-        if file.name == "METADATA":
-            yield Path(str(file.locate())), file.as_posix()
+    # A checkout's own `.egg-info`, which comes first on the path, has no such file.
+    for distribution in importlib.metadata.distributions(name=name):
+        for file in distribution.files or ():
+            if file.name == "METADATA":
+                yield Path(str(file.locate())), file.as_posix()
+                return
