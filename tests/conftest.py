@@ -1,5 +1,6 @@
 """Small networks whose features can be computed by hand, and other things that most tests need."""
 
+import logging
 from functools import partial
 from pathlib import Path
 
@@ -131,6 +132,13 @@ def device(request):
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU that torch can use")
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def _logging_stays_on():
+    """A test that silenced logging for good would hide what later tests look for."""
+    yield
+    assert logging.root.manager.disable == logging.NOTSET
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """``python evaluation/speed``, or ``python -m speed`` with ``evaluation`` on the path."""
 
+import logging
 import os.path
 import sys
 
@@ -9,4 +10,5 @@ if not __package__:  # Run as a folder: the package's parent belongs on the path
 from speed.command_line import main
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)
     main()

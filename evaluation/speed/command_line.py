@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import shlex
 import sys
 from collections.abc import Sequence
@@ -33,7 +32,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--device cuda: torch sees no GPU")
     output: Path = args.output or RESULTS / default_name(args)
     output.parent.mkdir(parents=True, exist_ok=True)
-    logging.disable(logging.WARNING)
     raw = output.with_suffix(".json")
     content: dict[str, Any] = json.loads(raw.read_text()) if raw.exists() else {"results": {}}
     if args.tables_only and not content["results"]:
