@@ -17,10 +17,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 from art.attacks.evasion import ProjectedGradientDescent
 from art.estimators.classification import PyTorchClassifier
-from safetensors.torch import save_file
 from torch import nn
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import v2
@@ -94,7 +94,7 @@ def main():
         checkpoint=args.output / "checkpoint",
     )
 
-    save_file(model.state_dict(), args.output / "clat.safetensors")
+    (args.output / "clat.safetensors").write_bytes(safetensors.torch.save(model.state_dict()))
     trainer.history.to_json(args.output / "history.json")
     command = shlex.join(["python", "examples/cifar10_resnet18.py", *sys.argv[1:]])
     (args.output / "run.json").write_text(json.dumps({"command": command}) + "\n")

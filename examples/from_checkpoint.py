@@ -15,10 +15,10 @@ import logging
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 from art.attacks.evasion import ProjectedGradientDescent
 from art.estimators.classification import PyTorchClassifier
-from safetensors.torch import save_file
 from torch import nn
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import v2
@@ -96,9 +96,8 @@ def main():
         checkpoint=args.output / "checkpoint",
         restore_best=True,
     )
-    save_file(
-        {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, args.output / "clat.safetensors"
-    )
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    (args.output / "clat.safetensors").write_bytes(safetensors.torch.save(weights))
     trainer.history.to_json(args.output / "history.json")
     save(trainer.history.plot_heat_map(), args.output / "heat-map.png")
 

@@ -16,10 +16,10 @@ import logging
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 from art.attacks.evasion import ProjectedGradientDescent
 from art.estimators.classification import PyTorchClassifier
-from safetensors.torch import save_file
 from sklearn.model_selection import train_test_split
 from torch import nn
 
@@ -94,7 +94,7 @@ def main():
         )
         history.to_json(args.output / f"{arm}-history.json")
         save(history.plot_curves(), args.output / f"{arm}-curves.png")
-        save_file(classifier.model.state_dict(), args.output / f"{arm}.safetensors")
+        (args.output / f"{arm}.safetensors").write_bytes(safetensors.torch.save(classifier.model.state_dict()))
         if history.selections:
             save(history.plot_heat_map(), args.output / "heat-map.png")
             save(history.selections[-1].measured.plot(), args.output / "criticality.png")

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from art.attacks.evasion import ProjectedGradientDescent
 from art.estimators.classification import PyTorchClassifier
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import v2
@@ -93,7 +93,7 @@ def train(images: Images, *, device: str, output: Path) -> None:
         verbose=False,
     )
     trainer.history.to_json(output / "history.json")
-    save_file(model.state_dict(), output / "weights.safetensors")
+    (output / "weights.safetensors").write_bytes(save(model.state_dict()))
     for record in trainer.history.epochs:
         print(record)
 

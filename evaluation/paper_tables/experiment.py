@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from art.attacks.evasion import AutoProjectedGradientDescent, FastGradientMethod
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from art_clat import AdversarialTrainerCLATPyTorch, RobustnessReport, evaluate_robustness, measure_criticality
@@ -39,7 +39,7 @@ class Experiment:
                 self._train_with_art(model, train, seed, base)
             else:
                 self._train_first_stage(model, train, validation, seed=seed, base=base)
-            write_whole(done, lambda path: save_file(model.state_dict(), path))
+            write_whole(done, lambda path: path.write_bytes(save(model.state_dict())))
         return done
 
     def _train_with_art(self, model: nn.Module, train: Examples, seed: int, base: str) -> None:
