@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shlex
 import sys
@@ -152,6 +153,7 @@ def _add_evaluate(sub: argparse.ArgumentParser) -> None:
 def _evaluate(values: dict[str, object], command: str) -> None:
     from art_clat.robustness.by_name import NamedEvaluation, evaluate_by_name
 
+    logging.basicConfig(format="%(message)s")  # the console, for the evaluation's log
     if values["version"] == "none":
         values["version"] = None
     report = evaluate_by_name(NamedEvaluation(**values), command=command)  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -210,7 +210,7 @@ class TrainerOptions:
 
     def describe(self) -> dict[str, Any]:
         """Return the options as JSON can hold them; a function becomes its ``repr`` without the address."""
-        return {name: _plain(value) for name, value in asdict(self).items()}
+        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,6 +234,8 @@ class FitOptions:
         for argument in ("batch_size", "nb_epochs", "checkpoint_every"):
             check_whole(getattr(self, argument), 1, argument=argument)
             object.__setattr__(self, argument, int(getattr(self, argument)))  # NumPy's numbers become Python's
+        for argument in ("restore_best", "drop_last", "verbose"):
+            object.__setattr__(self, argument, bool(getattr(self, argument)))
         folder = self.checkpoint
         if folder is not None and (not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder)):
             raise ValueError(f"`checkpoint` must be the path of a folder, or None, got {folder!r}.")
@@ -273,8 +275,10 @@ def preset_values(preset: str, objective: str | None, layers: LayerOptions) -> t
 
 def _plain(value: object) -> Any:
     """Turn an option into something that JSON can hold and that is equal in every process."""
-    if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(
+        value, (LayerOptions, SelectionOptions, Budget, PerformanceOptions)
+    ):  # users' objects stay as they are
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if value is None or isinstance(value, (bool, str)) or type(value) in (int, float):

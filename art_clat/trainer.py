@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -164,6 +165,15 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         #: The record of the latest ``fit``.
         self.history = History()
 
+    @property
+    def ratio(self) -> float:
+        """The proportion of samples in each batch to be perturbed, in (0, 1]."""
+        return self.options.ratio
+
+    @ratio.setter
+    def ratio(self, ratio: float) -> None:
+        self.options = replace(self.options, ratio=ratio)
+
     def __repr__(self) -> str:
         options = self.options
         return (
@@ -234,19 +244,12 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         fit.check_data(len(data[0]), has_validation=validation_data is not None)
         validation = check_validation(estimator, validation_data)
         ranks = Ranks.join(device := torch.device(estimator.device))
+        shared: dict[str, Any] = {"fit": fit, "validation": validation, "scheduler": scheduler, "ranks": ranks}
         with ranks.together():
-            keeper = make_keeper(
-                estimator,
-                self.attacks,
-                options=self.options,
-                fit=fit,
-                data=data,
-                validation=validation,
-                scheduler=scheduler,
-                ranks=ranks,
-            )
+            attacks = check_attacks(self.attacks, estimator)
+            keeper = make_keeper(estimator, attacks, options=self.options, data=data, **shared)
             batches = ArrayBatches(*data, batch_size=fit.batch_size, drop_last=fit.drop_last, device=device)
-            self._run(fit=fit, batches=batches, validation=validation, scheduler=scheduler, keeper=keeper, ranks=ranks)
+            self._run(batches=batches, keeper=keeper, **shared)
         if restore_best:
             keeper.restore_best()
 
@@ -290,7 +293,8 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
 
     def _run(self, **parts: Any) -> None:
         """Run the training loop; its record is kept even if it raises."""
-        loop = self.loop_class(estimator=self._classifier, attacks=self.attacks, options=self.options, **parts)
+        attacks = check_attacks(self.attacks, self._classifier)
+        loop = self.loop_class(estimator=self._classifier, attacks=attacks, options=self.options, **parts)
         loop.prepare()
         self.history = loop.history
         loop.run()

@@ -188,6 +188,24 @@ def hooks_left(output):
     }
 
 
+class BatchStatistics(ForeignBatchNorm):
+    """A norm that takes its statistics from the batch in evaluation mode, too."""
+
+    def forward(self, x):
+        return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True, 0.2)
+
+
+def unequal_passes():
+    """Train with such a norm, and with a selection of which one process has no sample in the last batch."""
+    model = Normed()
+    model.bn2 = BatchStatistics(6)
+    classifier = make_classifier(model)
+    selection = SelectionOptions(samples=17)
+    trainer = AdversarialTrainerCLATPyTorch(classifier, make_attack(classifier), selection=selection, seed=0)
+    fit(trainer, nb_epochs=1)
+    return len(trainer.history.epochs)
+
+
 def threads_left():
     """Count gloo's threads after the process group was left, while the trainer still exists."""
     _leave()
@@ -216,7 +234,13 @@ def main():
         observe(trainer, step=dying)
         fit(trainer, checkpoint=output, checkpoint_every=1)
         return
-    result = {"compare": compare, "refuse": lambda: refuse(output), "hooks": lambda: hooks_left(output)}[task]()
+    tasks = {
+        "compare": compare,
+        "refuse": lambda: refuse(output),
+        "hooks": lambda: hooks_left(output),
+        "unequal": unequal_passes,
+    }
+    result = tasks[task]()
     with open(f"{output}-{rank}.json", "w") as file:
         json.dump(result, file)
 

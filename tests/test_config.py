@@ -1,10 +1,13 @@
 """Options: shorthand, presets, and their description in checkpoints and histories."""
 
 import json
+import threading
 from dataclasses import fields
 
+import numpy as np
 import pytest
-from conftest import make_attack, make_classifier
+import torch
+from conftest import Chain, make_attack, make_classifier
 
 from art_clat import (
     AdversarialTrainerCLATPyTorch,
@@ -105,3 +108,38 @@ def test_lists_of_names():
 def test_repr_of_the_trainer(chain):
     text = repr(make_trainer(chain, warmup=3, selection="random", budget=Budget(count=2)))
     assert "warmup=3" in text and "selection='random'" in text and "count=2" in text and len(text) < 200
+
+
+class CannotBeCopied:
+    """An augmentation, and a rule, that hold what no copy can be made of."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+
+    def __call__(self, value):
+        return value if isinstance(value, torch.Tensor) else [1.0] * len(value.layers)
+
+
+def test_what_an_option_holds_is_not_copied(chain, data):
+    kept = CannotBeCopied()
+    trainer = make_trainer(chain, augmentation=kept, selection=kept, seed=0)
+    trainer.fit(*data, nb_epochs=1, batch_size=24, verbose=False)
+    described = trainer.history.configuration["trainer"]
+    assert "CannotBeCopied" in described["augmentation"] and "CannotBeCopied" in described["selection"]["rule"]
+
+
+def test_numpys_truth_values_are_recorded(chain, data):
+    trainer = make_trainer(chain, seed=0)
+    trainer.fit(*data, nb_epochs=np.int64(1), batch_size=np.int64(16), drop_last=np.True_, verbose=np.False_)
+    assert json.loads(trainer.history.to_json())["configuration"]["fit"]["drop_last"] is True
+
+
+def test_arts_attributes_stay_in_force(chain, data):
+    trainer = make_trainer(chain, seed=0)
+    trainer.ratio = 0.25
+    assert trainer.options.ratio == trainer.ratio == 0.25
+    with pytest.raises(ValueError, match="`ratio`"):
+        trainer.ratio = 2
+    trainer.attacks = make_attack(make_classifier(Chain()))
+    with pytest.raises(ValueError, match="`attacks`.*another classifier"):
+        trainer.fit(*data, nb_epochs=1, verbose=False)

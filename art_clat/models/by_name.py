@@ -6,9 +6,11 @@ import difflib
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import timm
@@ -94,18 +96,27 @@ def load_function(name: str) -> Callable[..., Any]:
     """
     where, _, function = name.rpartition(":")
     try:
-        if where.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(where).stem, where)
-            assert spec is not None and spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(where)
-    except (ImportError, OSError) as error:
-        raise ValueError(f"`model`: {where} of {name} cannot be imported: {error}") from error
+        module = _import_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+    except Exception as error:  # whatever the user's code does
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"`model`: {where} of {name} cannot be imported: {reason}") from error
     if not callable(getattr(module, function, None)):
         raise ValueError(f"`model`: {where} has no function {function}.")
     return getattr(module, function)  # type: ignore[no-any-return]
+
+
+def _import_file(path: Path) -> ModuleType:
+    """Execute a user's file as a module; dataclasses, for one, look it up in ``sys.modules``."""
+    name = f"{path.stem}@{path.resolve()}"  # no other module's
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def _from_function(name: str) -> nn.Module | PyTorchClassifier:

@@ -48,6 +48,7 @@ class TensorClassifier:
         self.device = torch.device(estimator.device)
         self.nb_classes = int(estimator.nb_classes)
         self._factors: Factors | None = None
+        self._sharing = Ranks()
         # Norms of other libraries too: they call torch's function.
         self._has_norms = any(hasattr(module, "running_mean") for module in self.model.modules())
         self._recurrent = [module for module in self.model.modules() if isinstance(module, nn.RNNBase)]
@@ -180,17 +181,31 @@ class TensorClassifier:
 
     def batch_norms(self) -> AbstractContextManager[object]:
         """Return the context in which the BatchNorms of a forward pass are computed."""
-        return BatchNorms(self.ranks, self._factors) if self._has_norms else nullcontext()
+        return BatchNorms(self._sharing, self._factors) if self._has_norms else nullcontext()
 
     def recurrent_layers(self) -> AbstractContextManager[object]:
         """
         Return the context in which the recurrent layers of a forward pass are computed.
 
-        Attacks, selection and the second stage take gradients in evaluation mode, in which cuDNN's recurrent layers
+        Evaluations, selection and the second stage take gradients in evaluation mode, in which cuDNN's recurrent layers
         have none.
         """
         in_evaluation = any(not module.training for module in self._recurrent)
         return WithoutCudnn() if in_evaluation and torch.is_grad_enabled() else nullcontext()
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """
+        Take BatchNorm statistics over all processes in this context.
+
+        Each process must make the same forward passes in it. Attacks, selection and validation do not: a process may
+        have no sample of a batch.
+        """
+        self._sharing = self.ranks
+        try:
+            yield
+        finally:
+            self._sharing = Ranks()
 
     @contextmanager
     def attacked(self) -> Iterator[None]:

@@ -13,7 +13,6 @@ from typing import Any, TypeAlias
 import torch
 from art.estimators.classification import PyTorchClassifier
 from torch import nn
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from art_clat.models.by_name import imagenet_preprocessing, load_model
 from art_clat.models.datasets import EvaluationData, load_data
@@ -22,6 +21,7 @@ from art_clat.robustness.evaluate import PATIENCE, evaluate_robustness
 from art_clat.robustness.report import RobustnessReport
 from art_clat.utils.environment import describe_environment
 from art_clat.utils.processes import Ranks
+from art_clat.utils.progress import logging_above_the_bar
 
 Network: TypeAlias = nn.Module | PyTorchClassifier
 
@@ -161,7 +161,7 @@ def log_to(path: Path) -> Iterator[None]:
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     try:
-        with logging_redirect_tqdm():
+        with logging_above_the_bar():
             yield
     finally:
         logger.removeHandler(handler)

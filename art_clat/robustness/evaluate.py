@@ -118,8 +118,8 @@ def evaluate_robustness(
         seed=seed,
     )
     ranks = Ranks.join(target.device, PATIENCE)
-    with ranks.together(), _ready_to_attack(targets, seed):
-        sample = images[:batch_size]
+    with ranks.together(), _ready_to_attack(targets, settings.seed):
+        sample = images[: settings.batch_size]
         nb_classes = _count_classes(targets, sample)
         labels = check_labels(y, nb_classes, argument="y")
         labels = labels if labels.ndim == 1 else labels.argmax(dim=1)
@@ -131,7 +131,9 @@ def evaluate_robustness(
         warnings = _warn_about_network(target, images, labels, nb_classes, settings)
         if autoattack is not None:
             warnings += autoattack.check_dynamic(sample.to(target.device))
-        folder = None if checkpoint is None else _open_folder(Path(checkpoint), facts, target, sample, seed, ranks)
+        folder = (
+            None if checkpoint is None else _open_folder(Path(checkpoint), facts, target, sample, settings.seed, ranks)
+        )
         with Evaluation(target, images, labels, plan, settings, ranks=ranks, folder=folder, verbose=verbose) as runner:
             outcomes = _run(runner, plan, ranks, autoattack_version)
         if autoattack is not None:

@@ -51,12 +51,14 @@ class Settings:
     def __post_init__(self) -> None:
         for argument in ("pgd_max_iter", "pgd_restarts", "batch_size"):
             check_whole(getattr(self, argument), 1, argument=argument)
+            object.__setattr__(self, argument, int(getattr(self, argument)))  # NumPy's numbers too
         if not self.pgd_eps_step > 0:
             raise ValueError(f"`pgd_eps_step` must be positive, got {self.pgd_eps_step}.")
         versions = (None, *VERSIONS)
         if self.autoattack_version not in versions:
             raise ValueError(f"`autoattack_version` must be one of {versions}, got {self.autoattack_version!r}.")
         check_seed(self.seed)
+        object.__setattr__(self, "seed", int(self.seed))
 
 
 @dataclass(frozen=True)

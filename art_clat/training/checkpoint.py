@@ -21,6 +21,9 @@ from art_clat.utils.descriptions import check_description, fingerprint
 from art_clat.utils.files import prepare, read, write
 from art_clat.utils.weights import load_weights, named_tensors, weights
 
+#: Version of what ``last.safetensors`` holds besides the weights; a run of another one cannot be resumed.
+LAYOUT = 2
+
 
 @dataclass
 class Progress:
@@ -114,6 +117,12 @@ class Checkpoint:
         if not self.last.exists():
             return None
         tensors, content = read(self.last)
+        if isinstance(content, dict) and "progress" in content and content.get("layout") != LAYOUT:
+            raise ValueError(
+                f"`checkpoint`: {self.last} was written by another version of art_clat and cannot be resumed. Use "
+                "another folder; `model.load_state_dict(safetensors.torch.load_file(path), strict=False)` reads the "
+                "weights."
+            )
         try:
             check_description(content["description"], self._description, self.last.parent)
             optimizer, scheduler = (_unpacked(content[name], tensors) for name in ("optimizer", "scheduler"))
@@ -146,6 +155,7 @@ class Checkpoint:
         if self._average is not None:
             tensors |= {f"average:{name}": tensor for name, tensor in self._average.state().items()}
         content = {
+            "layout": LAYOUT,
             "description": self._description,
             "optimizer": _packed(self._optimizer.state_dict(), tensors, "optimizer:optimizer"),
             "scheduler": None

@@ -134,12 +134,16 @@ class History:
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """
-        Write the record as JSON; a number that is not finite becomes ``null``.
+        Write the record as JSON. An infinite score becomes ``"inf"`` or ``"-inf"``, another number that is not finite
+        ``null``.
 
         :param path: File to write as well, or `None`.
         :return: The JSON.
         """
-        text = json.dumps(_finite(asdict(self)), indent=2, allow_nan=False)
+        content = asdict(self)
+        for selection in content["selections"]:
+            selection["scores"] = [str(score) if math.isinf(score) else score for score in selection["scores"]]
+        text = json.dumps(_finite(content), indent=2, allow_nan=False)
         if path is not None:
             Path(path).write_text(text + "\n", encoding="utf-8")
         return text
@@ -244,7 +248,7 @@ def _criticality(entry: dict[str, Any]) -> Criticality:
 
 
 def _selection(entry: dict[str, Any]) -> SelectionRecord:
-    """Read a selection; its scores are numbers, ``null``, or text such as ``"inf"``."""
+    """Read a selection; its scores are numbers, ``null`` for NaN, or ``"inf"`` and ``"-inf"``."""
     return SelectionRecord(
         **{
             **entry,

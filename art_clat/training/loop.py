@@ -13,7 +13,6 @@ import torch
 from art.attacks import EvasionAttack
 from art.estimators.classification import PyTorchClassifier
 from tqdm.auto import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from art_clat.attacks.tensor_attack import TensorAttack
 from art_clat.config import FitOptions, TrainerOptions
@@ -36,6 +35,7 @@ from art_clat.training.validation import measure_accuracies
 from art_clat.utils.batch import Batch
 from art_clat.utils.modes import restored_modes
 from art_clat.utils.processes import Ranks
+from art_clat.utils.progress import logging_above_the_bar
 from art_clat.utils.randomness import reseed, seeded_randomness
 
 logger = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ class TrainingLoop:
                 self.keeper.average.begin()  # after all processes got the first one's weights
             quiet = self.ranks.rank > 0 or not self.fit.verbose
             with (
-                nullcontext() if quiet else logging_redirect_tqdm(),  # log lines go above the bar
+                nullcontext() if quiet else logging_above_the_bar(),  # log lines go above the bar
                 tqdm(initial=self.progress.epoch, total=self.fit.nb_epochs, unit="epoch", disable=quiet) as bar,
             ):
                 while self.progress.epoch < self.fit.nb_epochs:

@@ -75,7 +75,8 @@ class Stage:
         else:
             train_only(self.objective.classifier.model, self.chosen)
         try:
-            return BatchLoss(*self.module(batch, x_adv))
+            with self.objective.classifier.shared():
+                return BatchLoss(*self.module(batch, x_adv))
         except ValueError as error:
             if len(batch) == 1 and "more than 1 value per channel" in str(error):
                 raise ValueError(

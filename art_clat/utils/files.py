@@ -99,7 +99,7 @@ def _digest(tensors: Mapping[str, torch.Tensor], text: str, version: int) -> str
 
 def _flush(path: Path) -> None:
     """Wait until a file, or a folder's list of files, is on the disk."""
-    if os.name == "nt" and path.is_dir():  # Windows cannot flush a folder flush a folder flush a folder
+    if os.name == "nt" and path.is_dir():  # Windows cannot flush a folder
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:

@@ -1,6 +1,7 @@
 """Models by name."""
 
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from conftest import Code, Normed
 from PIL import Image
 
 from art_clat import create_backbone
-from art_clat.models.by_name import imagenet_preprocessing, load_model
+from art_clat.models.by_name import imagenet_preprocessing, load_function, load_model
 from art_clat.utils.robustbench_import import robustbench_utils
 
 robustbench_utils()  # makes the next ones importable
@@ -101,3 +102,23 @@ def test_imagenet_is_resized_as_robustbench_derives_it_from_timm():
     made = imagenet_preprocessing("Debenedetti2022Light_XCiT-S12", "Linf")
     image = Image.fromarray(np.zeros((300, 400, 3), np.uint8))
     assert made(image).shape == (3, 224, 224) and "size=224, interpolation=bicubic" in repr(made)
+
+
+def test_a_users_file_may_hold_dataclasses(tmp_path):
+    (tmp_path / "network.py").write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "from torch import nn\n"
+        "@dataclass\nclass Width:\n    value: int = 3\n"
+        "def make():\n    return nn.Linear(Width().value, 2)\n"
+    )
+    assert load_function(f"{tmp_path / 'network.py'}:make")().in_features == 3
+
+
+@pytest.mark.parametrize("code", ["def make(:\n", "make = missing\n"])
+def test_a_users_file_that_fails_is_named(tmp_path, code):
+    (tmp_path / "network.py").write_text(code)
+    before = set(sys.modules)
+    with pytest.raises(ValueError, match=r"network\.py.* cannot be imported: (Syntax|Name)Error"):
+        load_function(f"{tmp_path / 'network.py'}:make")
+    assert not {name for name in set(sys.modules) - before if "network" in name}

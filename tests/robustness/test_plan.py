@@ -2,7 +2,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import Chain
+from torch import nn
 
+from art_clat import evaluate_robustness
 from art_clat.robustness.autoattack import Ensemble
 from art_clat.robustness.plan import Settings, make_plan
 from art_clat.robustness.target import Target
@@ -58,3 +60,14 @@ def test_costs_are_those_of_the_forward_passes(target):
 def test_settings_out_of_range(change):
     with pytest.raises(ValueError, match=f"`{next(iter(change))}`"):
         settings(**change)
+
+
+def test_numpys_numbers_are_settings(tmp_path):
+    """They go into the folder's description, which is JSON."""
+    x, y = np.random.default_rng(0).random((6, 3, 6, 6)).astype(np.float32), np.arange(6) % 4
+    model = nn.Sequential(nn.Flatten(), nn.Linear(108, 4))
+    settings = {"norm": "Linf", "eps": 0.1, "autoattack_version": None, "checkpoint": tmp_path}
+    numbers = {"pgd_max_iter": 2, "pgd_restarts": 1, "batch_size": 4, "seed": 3}
+    one = evaluate_robustness(model, x, y, **settings, **{name: np.int64(value) for name, value in numbers.items()})
+    again = evaluate_robustness(model, x, y, **settings, **numbers)  # the same evaluation
+    np.testing.assert_array_equal(one.pgd, again.pgd)

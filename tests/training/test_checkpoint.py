@@ -584,6 +584,13 @@ class TestBadFiles:
         with pytest.raises(ValueError, match="its format is 2, newer than 1"):
             fit(make_run(Chain), folder, nb_epochs=1)
 
+    def test_runs_of_older_versions_are_refused_as_such(self, folder):
+        tensors, content = read(folder / "last.safetensors")
+        del content["layout"]
+        write(folder / "last.safetensors", tensors, content)
+        with pytest.raises(ValueError, match="written by another version of art_clat"):
+            fit(make_run(Chain), folder, nb_epochs=1)
+
     def test_hostile_files_are_never_executed(self, tmp_path):
         target = tmp_path / "executed"
 

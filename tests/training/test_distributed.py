@@ -157,3 +157,8 @@ def test_parts_are_even_and_make_the_whole(nb_samples, size):
 
 def test_a_part_of_one_process_is_everything():
     assert Part(5).mine == slice(None) and Ranks().part(5) == Part(5)
+
+
+def test_processes_may_make_unequal_passes_outside_of_the_update(tmp_path):
+    """Statistics are shared in the update alone: elsewhere a process without a sample would be waited for."""
+    assert results(tmp_path, "unequal", 2) == [1, 1]

@@ -127,10 +127,11 @@ def test_heat_map_without_scores_shows_the_criticality_index(scores):
     assert image.get_array()[1, 0] == pytest.approx(index[1]) and "C_i" in ax.figure.axes[1].get_ylabel()
 
 
-def test_scores_that_are_not_finite_are_read_back_as_nan():
-    history = scored("all", (math.inf, 0.5, -math.inf))
+def test_scores_that_are_not_finite_are_read_back():
+    history = scored("all", (math.inf, math.nan, -math.inf))
     again = History.from_json(history.to_json()).selections[0]
-    assert again.rule == "all" and again.scores[1] == 0.5 and math.isnan(again.scores[0])
+    assert again.rule == "all" and (again.scores[0], again.scores[2]) == (math.inf, -math.inf)
+    assert math.isnan(again.scores[1])
 
 
 def test_records_of_older_versions_are_read():
