@@ -102,6 +102,13 @@ class SelectionOptions:
         """Return the options; shorthand is the rule alone."""
         return selection if isinstance(selection, SelectionOptions) else cls(rule=selection)
 
+    @property
+    def rule_name(self) -> str:
+        """What a record calls the rule: its name, a function's name, or ``"by name"`` for a list of layers."""
+        if isinstance(self.rule, str):
+            return self.rule
+        return getattr(self.rule, "__name__", "function") if callable(self.rule) else "by name"
+
 
 @dataclass(frozen=True)
 class Budget:

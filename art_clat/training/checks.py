@@ -11,7 +11,8 @@ from torch import nn
 
 from art_clat.attacks.tensor_attack import TensorAttack
 from art_clat.config import TrainerOptions
-from art_clat.models.checks import check_data
+from art_clat.layers.layer import Layer
+from art_clat.models.checks import check_data, check_optimizer_holds
 from art_clat.models.tensor_classifier import TensorClassifier
 from art_clat.training.objectives import find_objective
 from art_clat.utils.processes import Ranks
@@ -106,3 +107,14 @@ def check_validation(estimator: PyTorchClassifier, data: object) -> tuple[torch.
     if not isinstance(data, (tuple, list)) or len(data) != 2:
         raise ValueError(f"`validation_data` must be a tuple (x_val, y_val), got {type(data).__name__}.")
     return check_data(estimator, *data, argument="validation_data[0]", label_argument="validation_data[1]")
+
+
+def check_optimizer_trains(
+    optimizer: torch.optim.Optimizer, model: nn.Module, eligible: Sequence[Layer] | None
+) -> None:
+    """Refuse an optimiser that does not hold the eligible layers' parameters, or the whole network's (`None`)."""
+    if eligible is None:  # named by the modules that hold the parameters
+        named = [(name.rpartition(".")[0] or name, parameter) for name, parameter in model.named_parameters()]
+    else:
+        named = [(layer.name, parameter) for layer in eligible for parameter in layer.parameters()]
+    check_optimizer_holds(optimizer, named)

@@ -18,19 +18,19 @@ from art_clat.attacks.tensor_attack import TensorAttack
 from art_clat.config import FitOptions, TrainerOptions
 from art_clat.layers.freezing import only_trainable
 from art_clat.layers.layer import Layer
-from art_clat.models.checks import check_optimizer_holds
 from art_clat.models.tensor_classifier import TensorClassifier, channels_last
 from art_clat.selection.budget import check_budget
 from art_clat.selection.candidates import Candidates
 from art_clat.selection.choice import check_names, choose, eligible_layers
 from art_clat.selection.rules import as_rule
 from art_clat.training.checkpoint import Keeper, Progress
+from art_clat.training.checks import check_optimizer_trains
 from art_clat.training.data import Batches, augment
 from art_clat.training.description import configuration
 from art_clat.training.finite import FiniteGuard
-from art_clat.training.history import EpochRecord, History, SelectionRecord
+from art_clat.training.history import History, SelectionRecord
 from art_clat.training.objectives import BatchLoss, find_objective
-from art_clat.training.stage import EpochSums, Stage
+from art_clat.training.stage import EpochSums, Stage, make_record
 from art_clat.training.validation import measure_accuracies
 from art_clat.utils.batch import Batch
 from art_clat.utils.modes import restored_modes
@@ -117,7 +117,7 @@ class TrainingLoop:
         check_names(rule, self.eligible)
         if rule != "all" and not isinstance(rule, (list, tuple)):  # these ignore the budget
             check_budget(self.options.budget, self.eligible, sum(p.numel() for p in self.model.parameters()))
-        self._check_optimizer()
+        check_optimizer_trains(self.optimizer, self.model, None if self.options.warmup else self.eligible)
 
     def run(self) -> None:
         """
@@ -196,7 +196,7 @@ class TrainingLoop:
             trainable_parameters=sum(p.numel() for p in parameters),
             total_parameters=sum(p.numel() for p in self.model.parameters()),
             seconds=time.perf_counter() - start,
-            rule=self._rule_name(),
+            rule=self.options.selection.rule_name,
             scores=tuple(choice.scores),
         )
         self.history.selections.append(record)
@@ -233,7 +233,7 @@ class TrainingLoop:
                     f"Probably the learning rate (now {learning_rate:g}) or `criticality_weight` "
                     f"({self.options.criticality_weight:g}) is too large: use a smaller one."
                 ) from None
-        self.history.epochs.append(self._record(learning_rate))
+        self.history.epochs.append(make_record(progress, self.stage, learning_rate))
 
     def load(self, batch: Batch, number: int) -> Batch:
         """Move a batch to the device, augment it, and set its memory format."""
@@ -310,35 +310,3 @@ class TrainingLoop:
     def _batches_before(self, number: int) -> int:
         """Count the batches of the run before batch `number` of this epoch."""
         return self.progress.epoch * self.batches.nb_batches + number
-
-    def _record(self, learning_rate: float) -> EpochRecord:
-        """Make the record of an epoch from its sums."""
-        means = {name: value / self.progress.sums["samples"] for name, value in self.progress.sums.items()}
-        robust = self.stage.objective.logits_are_adversarial
-        return EpochRecord(
-            epoch=self.progress.epoch,
-            stage="adversarial training" if self.stage.chosen is None else "clat",
-            loss=means["loss"],
-            cross_entropy=means["cross_entropy"],
-            criticality_loss=means["criticality_loss"],
-            learning_rate=learning_rate,
-            seconds=self.progress.seconds,
-            train_clean_accuracy=None if robust else means["accuracy"],
-            train_robust_accuracy=means["accuracy"] if robust else None,
-        )
-
-    def _rule_name(self) -> str:
-        """Return the name of the selection rule for the record."""
-        rule = self.options.selection.rule
-        if isinstance(rule, str):
-            return rule
-        return getattr(rule, "__name__", "function") if callable(rule) else "by name"
-
-    def _check_optimizer(self) -> None:
-        """Refuse an optimiser that does not hold the parameters to train."""
-        if self.options.warmup:  # the whole network, named by the modules that hold the parameters
-            parameters = self.model.named_parameters()
-            named = [(name.rpartition(".")[0] or name, parameter) for name, parameter in parameters]
-        else:
-            named = [(layer.name, parameter) for layer in self.eligible for parameter in layer.parameters()]
-        check_optimizer_holds(self.optimizer, named)

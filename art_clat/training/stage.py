@@ -11,6 +11,8 @@ from torch import nn
 from art_clat.attacks.tensor_attack import TensorAttack
 from art_clat.layers.freezing import train_all, train_only
 from art_clat.layers.layer import Layer
+from art_clat.training.checkpoint import Progress
+from art_clat.training.history import EpochRecord
 from art_clat.training.objectives import BatchLoss, Objective
 from art_clat.utils.batch import Batch
 from art_clat.utils.processes import Part, Ranks
@@ -105,3 +107,20 @@ class EpochSums:
         taken = ranks.sum(self._sums).tolist()
         self._sums.zero_()
         return {name: before.get(name, 0.0) + more for name, more in zip(self.NAMES, taken, strict=True)}
+
+
+def make_record(progress: Progress, stage: Stage, learning_rate: float) -> EpochRecord:
+    """Make the record of the epoch in progress from its sums."""
+    means = {name: value / progress.sums["samples"] for name, value in progress.sums.items()}
+    robust = stage.objective.logits_are_adversarial
+    return EpochRecord(
+        epoch=progress.epoch,
+        stage="adversarial training" if stage.chosen is None else "clat",
+        loss=means["loss"],
+        cross_entropy=means["cross_entropy"],
+        criticality_loss=means["criticality_loss"],
+        learning_rate=learning_rate,
+        seconds=progress.seconds,
+        train_clean_accuracy=None if robust else means["accuracy"],
+        train_robust_accuracy=means["accuracy"] if robust else None,
+    )
