@@ -168,6 +168,38 @@ class PerformanceOptions:
     channels_last: bool = False
 
 
+@dataclass(frozen=True)
+class ReuseOptions:
+    """
+    How an attack goes on from the perturbation that it found for the same image in the last epoch.
+
+    :param steps: Number of steps, at least 1.
+    :param step_size: Size of a step, in units of the input, above 0; `None` for ε/2.
+    :param required: Refuse a run whose perturbations cannot be reused. Otherwise the full attack is run, and the log
+           says why.
+    :raises ValueError: If a value is out of its range.
+    """
+
+    steps: int = 1
+    step_size: float | None = None
+    required: bool = True
+
+    def __post_init__(self) -> None:
+        check_whole(self.steps, 1, argument="reuse_perturbations")
+        if self.step_size is not None and not (is_number(self.step_size) and 0 < self.step_size < float("inf")):
+            raise ValueError(f"`step_size` must be a number above 0, or None, got {self.step_size!r}.")
+
+    @classmethod
+    def of(cls, reuse: ReuseOptions | int | str | None) -> ReuseOptions | None:
+        """Return the options; shorthand is a number of steps, or ``"auto"``."""
+        if reuse is None or isinstance(reuse, ReuseOptions):
+            return reuse
+        if isinstance(reuse, str):
+            check_choice(reuse, ("auto",), argument="reuse_perturbations")
+            return cls(required=False)
+        return cls(steps=reuse)
+
+
 #: Values of what the paper leaves open, by preset. "default" was chosen on validation images, see
 #: evaluation/results/paper_tables.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -196,6 +228,7 @@ class TrainerOptions:
     layers: LayerOptions
     augmentation: Callable[[torch.Tensor], torch.Tensor] | None
     ema_decay: float | None
+    reuse_perturbations: ReuseOptions | None
     performance: PerformanceOptions
     seed: int | None
 
@@ -283,7 +316,7 @@ def preset_values(preset: str, objective: str | None, layers: LayerOptions) -> t
 def _plain(value: object) -> Any:
     """Turn an option into something that JSON can hold and that is equal in every process."""
     if isinstance(
-        value, (LayerOptions, SelectionOptions, Budget, PerformanceOptions)
+        value, (LayerOptions, SelectionOptions, Budget, ReuseOptions, PerformanceOptions)
     ):  # users' objects stay as they are
         return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, (list, tuple)):

@@ -21,6 +21,7 @@ from art_clat.config import (
     Granularity,
     LayerOptions,
     PerformanceOptions,
+    ReuseOptions,
     RuleLike,
     SelectionOptions,
     TrainerOptions,
@@ -89,6 +90,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         layers: LayerOptions | Granularity = "layer",
         augmentation: Callable[[torch.Tensor], torch.Tensor] | None = None,
         ema_decay: float | None = None,
+        reuse_perturbations: ReuseOptions | int | str | None = None,
         performance: PerformanceOptions = PerformanceOptions(),
         preset: str = "default",
         seed: int | None = None,
@@ -126,6 +128,10 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         :param ema_decay: Average the weights over the steps of training with this decay, in (0, 1), e.g. 0.99. The
                average is validated, and the network ends with it. The average of a frozen layer keeps moving until it
                equals the layer's weights. `None` for no average.
+        :param reuse_perturbations: Begin each attack of the second stage where the last epoch's attack on the image
+               ended, and make so many steps of ε/2, at least 1; :class:`art_clat.ReuseOptions` also sets their size. An
+               image's first visit runs the full attack. `None`: the full attack in every epoch. ``"auto"``: one step
+               if perturbations can be reused, otherwise the full attack, and the log says why.
         :param performance: Mixed precision, compilation and memory format, :class:`art_clat.PerformanceOptions`.
         :param preset: Sets `objective` and ``layers.freeze_norms`` if they are `None`. ``"default"``: ``"adversarial"``
                and frozen norms, which helped on validation images. ``"paper"``: ``"clean"``, norms of chosen layers
@@ -155,6 +161,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
             layers=layer_options,
             augmentation=augmentation,
             ema_decay=ema_decay,
+            reuse_perturbations=ReuseOptions.of(reuse_perturbations),
             performance=performance,
             seed=seed,
         )

@@ -27,7 +27,8 @@ from art_clat.attacks.ascent import Ascent
 from art_clat.attacks.balls import LinfBall
 from art_clat.attacks.tensor_attack import TensorAttack
 from art_clat.models.tensor_classifier import TensorClassifier, channels_last
-from art_clat.training.data import ArrayBatches, augment
+from art_clat.training.augmentation import augment
+from art_clat.training.data import ArrayBatches
 from art_clat.training.finite import FiniteGuard
 from art_clat.training.objectives import AdversarialCLAT, CleanCLAT
 from art_clat.utils.processes import Part, Ranks
@@ -238,10 +239,10 @@ class TestAugmentation:
     def test_does_not_depend_on_the_share(self, draw):
         x = torch.rand(9, 3, 4, 4)
         y = torch.arange(9)
-        whole = augment(draw, Batch.whole(x, y), 7, 1).x
-        share = augment(draw, Batch(x[3:6], y[3:6], Part(9, slice(3, 6))), 7, 1)
+        whole = augment(draw, Batch.whole(x, y), 7, 1, 0).x
+        share = augment(draw, Batch(x[3:6], y[3:6], Part(9, slice(3, 6))), 7, 1, 0)
         assert torch.equal(share.x, whole[3:6]) and torch.equal(share.y, y[3:6])
-        assert not torch.equal(augment(draw, Batch.whole(x, y), 7, 2).x, whole)
+        assert not torch.equal(augment(draw, Batch.whole(x, y), 7, 1, 1).x, whole)
 
     def test_another_shape_is_refused(self, chain, data):
         trainer = make_trainer(make_classifier(chain), augmentation=v2.CenterCrop(4))

@@ -107,6 +107,25 @@ class TensorAttack:
         with self.classifier.attacked():
             return climb_in_chunks(ascent, loss_on, batch, start)
 
+    def go_on(
+        self, loss_on: Callable[[Batch], Loss], batch: Batch, delta: torch.Tensor, *, nb_steps: int, step: float | None
+    ) -> torch.Tensor:
+        """
+        Climb a loss from earlier perturbations, which are brought into the ball first.
+
+        :param loss_on: As in :meth:`climb`.
+        :param batch: The clean samples, the centres of the balls.
+        :param delta: The earlier perturbations, shape of ``batch.x``.
+        :param nb_steps: Number of steps.
+        :param step: Their size, in units of the input; `None` for ε/2.
+        :return: Perturbed inputs, shape of ``batch.x``, detached.
+        :raises ValueError: If the attack runs through ``generate``.
+        """
+        ascent = self._required_ascent.continued(nb_steps, step)
+        start = ascent.ball.clip(batch.x + ascent.ball.project(delta))
+        with self.classifier.attacked():
+            return climb_in_chunks(ascent, loss_on, batch, start)
+
     def _output_loss(self, batch: Batch) -> Loss:
         return self.classifier.loss_on(batch.y)
 

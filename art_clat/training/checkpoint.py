@@ -107,6 +107,11 @@ class Checkpoint:
         """
         prepare(self.last.parent)
 
+    @property
+    def identity(self) -> str:
+        """What names the run in other files of the folder."""
+        return hashlib.sha256(json.dumps(self._description, sort_keys=True).encode()).hexdigest()[:32]
+
     def resume(self) -> Progress | None:
         """
         Load the last checkpoint into network, average, optimiser and scheduler.
@@ -222,7 +227,8 @@ class Keeper:
         self._checkpoint = checkpoint
         self._every = every
         self._keeps_best = keeps_best
-        self._writes = writes
+        #: Whether this process writes files.
+        self.writes = writes
         self._best: Best | None = None
 
     def resume(self) -> Progress | None:
@@ -235,13 +241,23 @@ class Keeper:
         """
         if self._checkpoint is None:
             return None
-        if self._writes:
+        if self.writes:
             self._checkpoint.prepare()
         best = self._checkpoint.load_best()
         progress = self._checkpoint.resume()
         if progress is not None:
             self._best = best
         return progress
+
+    @property
+    def folder(self) -> Path | None:
+        """The checkpoint's folder; `None` if nothing is saved."""
+        return None if self._checkpoint is None else self._checkpoint.last.parent
+
+    @property
+    def identity(self) -> str:
+        """What names the run in other files of the checkpoint's folder; empty if nothing is saved."""
+        return "" if self._checkpoint is None else self._checkpoint.identity
 
     def is_due(self, batch: int) -> bool:
         """
@@ -257,7 +273,7 @@ class Keeper:
 
         :param progress: Where the run is.
         """
-        if self._checkpoint is not None and self._writes:
+        if self._checkpoint is not None and self.writes:
             self._checkpoint.save(progress)
 
     def consider(self, record: EpochRecord) -> None:
@@ -270,7 +286,7 @@ class Keeper:
         if not self._keeps_best or robust is None or (self._best is not None and robust <= self._best.robust_accuracy):
             return
         self._best = Best(record.epoch, robust, weights(self._model))
-        if self._checkpoint is not None and self._writes:
+        if self._checkpoint is not None and self.writes:
             self._checkpoint.save_best(self._best)
 
     def restore_best(self) -> None:

@@ -6,7 +6,9 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,13 +25,15 @@ from art_clat.selection.budget import check_budget
 from art_clat.selection.candidates import Candidates
 from art_clat.selection.choice import check_names, choose, eligible_layers
 from art_clat.selection.rules import as_rule
+from art_clat.training.augmentation import augment
 from art_clat.training.checkpoint import Keeper, Progress
 from art_clat.training.checks import check_optimizer_trains
-from art_clat.training.data import Batches, augment
+from art_clat.training.data import Batches
 from art_clat.training.description import configuration
 from art_clat.training.finite import FiniteGuard
 from art_clat.training.history import History, SelectionRecord
 from art_clat.training.objectives import BatchLoss, find_objective
+from art_clat.training.reuse import Reuse, make_reuse
 from art_clat.training.stage import EpochSums, Stage, make_record
 from art_clat.training.validation import measure_accuracies
 from art_clat.utils.batch import Batch
@@ -109,6 +113,7 @@ class TrainingLoop:
             state = "is finished" if epoch >= last else f"resumes at epoch {epoch}"
             logger.info("The run in the checkpoint %s; the classifier gets its weights.", state)
         self.ranks.check_same({"the checkpoint": (*self.counters, self.progress.batch)}, self.device)
+        self.reuse = self.make_reuse()
         with seeded_randomness(self.progress.seed, self.device):
             self.sample = self.batches.sample(self.options.selection.samples, self.ranks)
             self.layers = self.classifier.find_layers(self.batches.example(), self.options.layers)
@@ -126,7 +131,7 @@ class TrainingLoop:
         :raises FloatingPointError: If the loss or its gradient is not finite.
         """
         with self.restored_model():
-            self.keeper.save(self.progress)  # refuses a scheduler that cannot be saved before any work
+            self.save()  # refuses a scheduler that cannot be saved before any work
             names = self.progress.chosen
             self.begin_stage(None if names is None else [layer for layer in self.layers if layer.name in names])
             if self.keeper.average is not None and not self.is_resumed:
@@ -225,7 +230,7 @@ class TrainingLoop:
                     progress.batch, progress.seconds = number + 1, time.perf_counter() - start
                     progress.sums = sums.take(progress.sums, self.ranks)
                     if not is_last:
-                        self.keeper.save(progress)
+                        self.save()
             except FloatingPointError as error:
                 self.optimizer.state.clear()  # it may not be finite either
                 raise FloatingPointError(
@@ -241,7 +246,7 @@ class TrainingLoop:
         if self.options.augmentation is not None:
             batch = augment(self.options.augmentation, batch, *self.counters, number)
         if self.options.performance.channels_last and batch.x.ndim == 4:
-            batch = Batch(batch.x.contiguous(memory_format=torch.channels_last), batch.y, batch.part)
+            batch = replace(batch, x=batch.x.contiguous(memory_format=torch.channels_last))
         return batch
 
     def attack_for(self, number: int) -> TensorAttack:
@@ -251,7 +256,31 @@ class TrainingLoop:
     def perturb(self, batch: Batch, number: int) -> torch.Tensor:
         """Perturb the share `ratio` of batch `number`; seed and epoch set its random numbers too."""
         reseed(self.device, *self.counters, number)
-        return self.stage.perturb(self.attack_for(number), batch, self.options.ratio)
+        objective, attack = self.stage.objective, self.attack_for(number)
+        inner = partial(objective.perturb, attack)
+        if self.reuse is not None and self.stage.chosen is not None:
+            seed, epoch = self.counters
+            stamp = self._batches_before(number) + 1
+            inner = partial(self.reuse.perturb, objective, attack, seed=seed, epoch=epoch, stamp=stamp)
+        return self.stage.perturb(inner, batch, self.options.ratio)
+
+    def make_reuse(self) -> Reuse | None:
+        """Return how attacks go on from the last epoch's, with what a resumed run has found; `None` if they do not."""
+        if self.fit.nb_epochs <= self.options.warmup:
+            return None
+        keeper = self.keeper
+        saved: dict[str, Any] = {"folder": keeper.folder, "identity": keeper.identity, "writes": keeper.writes}
+        attacks, batches = self.training_attacks, self.batches
+        reuse = make_reuse(self.options, attacks, batches, device=self.device, ranks=self.ranks, **saved)
+        if reuse is not None and self.progress.epoch < self.fit.nb_epochs:
+            reuse.begin(self._batches_before(self.progress.batch))
+        return reuse
+
+    def save(self) -> None:
+        """Save the run; all processes must call this."""
+        if self.reuse is not None:
+            self.reuse.save(self._batches_before(self.progress.batch))
+        self.keeper.save(self.progress)
 
     def step(self, batch: Batch, x_adv: torch.Tensor, number: int) -> BatchLoss:
         """Make one step of the optimiser on the objective."""
@@ -275,7 +304,7 @@ class TrainingLoop:
                 self.history.add_validation(*self.validate())
                 self.keeper.consider(self.history.epochs[-1])
         self.progress.begin_epoch(self.progress.epoch + 1)
-        self.keeper.save(self.progress)
+        self.save()
         logger.debug("%s", self.history.epochs[-1])
 
     def validate(self) -> tuple[float, float]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import nn
 
-from art_clat.attacks.tensor_attack import TensorAttack
 from art_clat.layers.freezing import train_all, train_only
 from art_clat.layers.layer import Layer
 from art_clat.training.checkpoint import Progress
@@ -54,10 +54,10 @@ class Stage:
         """Begin a stage; all processes get the first one's weights."""
         return cls(chosen, objective, ranks.wrap(_ObjectiveModule(objective.classifier.model, objective)))
 
-    def perturb(self, attack: TensorAttack, batch: Batch, ratio: float) -> torch.Tensor:
+    def perturb(self, inner: Callable[[Batch], torch.Tensor], batch: Batch, ratio: float) -> torch.Tensor:
         """Perturb a share `ratio` of a batch, drawn at random over all processes; the other inputs stay clean."""
         if ratio == 1:
-            return self.objective.perturb(attack, batch)
+            return inner(batch)
         total, device = batch.part.total, batch.x.device
         drawn = torch.randperm(total)[: int(np.ceil(ratio * total))]
         place = torch.full((total,), -1)
@@ -66,8 +66,8 @@ class Stage:
         perturbed = torch.nonzero(here >= 0)[:, 0]
         x_adv = batch.x.clone()
         if len(perturbed):
-            indices, among = perturbed.to(device), Part(len(drawn), here[perturbed].to(device))
-            x_adv[indices] = self.objective.perturb(attack, Batch(batch.x[indices], batch.y[indices], among))
+            places, among = perturbed.to(device), Part(len(drawn), here[perturbed].to(device))
+            x_adv[places] = inner(replace(batch.take(perturbed), part=among))
         return x_adv
 
     def loss(self, batch: Batch, x_adv: torch.Tensor) -> BatchLoss:
