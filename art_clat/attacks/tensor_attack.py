@@ -38,6 +38,15 @@ class TensorAttack:
         """The attack's ball and steps with its current settings; `None` if the attack runs through ``generate``."""
         return _read_ascent(self.attack, self.classifier) if self.classifier.is_differentiable else None
 
+    @property
+    def eps(self) -> float | torch.Tensor:
+        """
+        The radius of the attack's ball, in units of the input.
+
+        :raises ValueError: If the attack runs through ``generate``.
+        """
+        return self._required_ascent.ball.eps
+
     def __call__(self, batch: Batch) -> torch.Tensor:
         """
         Perturb a batch so that the classifier's loss on its labels grows. The network runs in evaluation mode.
@@ -108,7 +117,13 @@ class TensorAttack:
             return climb_in_chunks(ascent, loss_on, batch, start)
 
     def go_on(
-        self, loss_on: Callable[[Batch], Loss], batch: Batch, delta: torch.Tensor, *, nb_steps: int, step: float | None
+        self,
+        loss_on: Callable[[Batch], Loss],
+        batch: Batch,
+        delta: torch.Tensor,
+        *,
+        nb_steps: int,
+        step: float | torch.Tensor | None,
     ) -> torch.Tensor:
         """
         Climb a loss from earlier perturbations, which are brought into the ball first.

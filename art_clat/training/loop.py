@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,8 +32,9 @@ from art_clat.training.description import configuration
 from art_clat.training.finite import FiniteGuard
 from art_clat.training.history import History, SelectionRecord
 from art_clat.training.objectives import BatchLoss, find_objective
-from art_clat.training.reuse import Reuse, make_reuse
+from art_clat.training.reuse import make_reuse
 from art_clat.training.stage import EpochSums, Stage, make_record
+from art_clat.training.strength import StrengthMeter
 from art_clat.training.validation import measure_accuracies
 from art_clat.utils.batch import Batch
 from art_clat.utils.modes import restored_modes
@@ -113,10 +113,10 @@ class TrainingLoop:
             state = "is finished" if epoch >= last else f"resumes at epoch {epoch}"
             logger.info("The run in the checkpoint %s; the classifier gets its weights.", state)
         self.ranks.check_same({"the checkpoint": (*self.counters, self.progress.batch)}, self.device)
-        self.reuse = self.make_reuse()
         with seeded_randomness(self.progress.seed, self.device):
             self.sample = self.batches.sample(self.options.selection.samples, self.ranks)
             self.layers = self.classifier.find_layers(self.batches.example(), self.options.layers)
+        self.begin_reuse()
         self.eligible = eligible_layers(self.layers, head_eligible=self.options.layers.head_eligible)
         rule = self.options.selection.rule
         check_names(rule, self.eligible)
@@ -255,26 +255,35 @@ class TrainingLoop:
 
     def perturb(self, batch: Batch, number: int) -> torch.Tensor:
         """Perturb the share `ratio` of batch `number`; seed and epoch set its random numbers too."""
-        reseed(self.device, *self.counters, number)
         objective, attack = self.stage.objective, self.attack_for(number)
         inner = partial(objective.perturb, attack)
         if self.reuse is not None and self.stage.chosen is not None:
+            if number == self.batches.nb_batches // 2 and self.meter.is_due(
+                self.progress.epoch, self.history.strengths
+            ):
+                self.measure_strength()
             seed, epoch = self.counters
             stamp = self._batches_before(number) + 1
             inner = partial(self.reuse.perturb, objective, attack, seed=seed, epoch=epoch, stamp=stamp)
+        reseed(self.device, *self.counters, number)
         return self.stage.perturb(inner, batch, self.options.ratio)
 
-    def make_reuse(self) -> Reuse | None:
-        """Return how attacks go on from the last epoch's, with what a resumed run has found; `None` if they do not."""
-        if self.fit.nb_epochs <= self.options.warmup:
-            return None
-        keeper = self.keeper
-        saved: dict[str, Any] = {"folder": keeper.folder, "identity": keeper.identity, "writes": keeper.writes}
-        attacks, batches = self.training_attacks, self.batches
-        reuse = make_reuse(self.options, attacks, batches, device=self.device, ranks=self.ranks, **saved)
-        if reuse is not None and self.progress.epoch < self.fit.nb_epochs:
-            reuse.begin(self._batches_before(self.progress.batch))
-        return reuse
+    def begin_reuse(self) -> None:
+        """Find out whether attacks go on from the last epoch's, and load what a resumed run has found."""
+        self.reuse = None
+        if self.fit.nb_epochs > max(self.options.warmup, self.progress.epoch):
+            self.reuse = make_reuse(self.options, self.training_attacks, self.batches, self.keeper, self.ranks)
+        if self.reuse is not None:
+            done = self._batches_before(self.progress.batch)
+            self.reuse.load_epochs(done)
+            self.meter = StrengthMeter.of(self.reuse, self.sample, self.ranks)
+            self.reuse.load_batches(done)
+
+    def measure_strength(self) -> None:
+        """Record how strong an attack is that goes on from the last epoch's."""
+        images, (seed, epoch) = self.load(self.meter.images, 0), self.counters
+        record = self.meter.measure(self.stage.objective, self.training_attacks[0], images, seed=seed, epoch=epoch)
+        self.history.strengths.append(record)
 
     def save(self) -> None:
         """Save the run; all processes must call this."""
@@ -305,6 +314,8 @@ class TrainingLoop:
                 self.keeper.consider(self.history.epochs[-1])
         self.progress.begin_epoch(self.progress.epoch + 1)
         self.save()
+        if self.reuse is not None:
+            self.meter.begin_epoch()
         logger.debug("%s", self.history.epochs[-1])
 
     def validate(self) -> tuple[float, float]:

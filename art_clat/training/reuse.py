@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
@@ -18,6 +17,7 @@ from art_clat.attacks.ascent import Ascent
 from art_clat.attacks.tensor_attack import TensorAttack
 from art_clat.config import ReuseOptions, TrainerOptions
 from art_clat.training.augmentation import CropAndFlip, Moves
+from art_clat.training.checkpoint import Keeper
 from art_clat.training.data import DEVICE_SHARE, ArrayBatches, Batches
 from art_clat.training.objectives import Objective, find_objective
 from art_clat.training.perturbations import PerturbationFiles, Perturbations, place_for
@@ -52,25 +52,32 @@ class Reuse:
     begins: int
     _exchanged: int = field(init=False, default=0)
 
-    def begin(self, batches_done: int) -> None:
+    def load_epochs(self, batches_done: int) -> None:
         """
-        Load what a resumed run had found, or make the files of a new one.
+        Load what the finished epochs of a resumed run had found, or make the files of a new one.
 
         :param batches_done: Number of batches that the run has trained.
         :raises ValueError: If a file is missing, incomplete, or of another run or time.
         :raises OSError: If the disk is too small.
         """
-        epoch = batches_done // self.nb_batches
         if self.files is None:
             return
-        if batches_done <= self.begins * self.nb_batches:
-            if self.writes:
-                self.files.create()
-            return
+        epoch = batches_done // self.nb_batches
         if epoch > self.begins:
             self.files.load_epochs(epoch, self.nb_batches)
-        self.files.load_batches(batches_done, self.nb_batches)
-        self._exchanged = batches_done
+        elif batches_done <= self.begins * self.nb_batches and self.writes:
+            self.files.create()
+
+    def load_batches(self, batches_done: int) -> None:
+        """
+        Load what the batches of an unfinished epoch had found; after :meth:`load_epochs`.
+
+        :param batches_done: Number of batches that the run has trained.
+        :raises ValueError: As :meth:`load_epochs`.
+        """
+        if self.files is not None and batches_done > self.begins * self.nb_batches:
+            self.files.load_batches(batches_done, self.nb_batches)
+            self._exchanged = batches_done
 
     def perturb(
         self, objective: Objective, attack: TensorAttack, batch: Batch, *, seed: int, epoch: int, stamp: int
@@ -110,7 +117,7 @@ class Reuse:
         :param moves: How the images were moved, or `None`.
         :return: Perturbed inputs, shape of ``batch.x``, detached.
         """
-        delta = self.kept.decoded(shares if moves is None else moves.apply(shares), _eps(attack))
+        delta = self.kept.decoded(shares if moves is None else moves.apply(shares), attack.eps)
         steps, size = self.options.steps, self.options.step_size
         return attack.go_on(objective.climbed, batch, delta, nb_steps=steps, step=size)
 
@@ -145,33 +152,22 @@ class Reuse:
         assert index is not None
         before = self.kept.get(index, batch.x.device)
         x_adv = self.go_on(objective, attack, batch, before, moves) if is_known else objective.perturb(attack, batch)
-        shares = self.kept.encoded(x_adv - batch.x, _eps(attack))
+        shares = self.kept.encoded(x_adv - batch.x, attack.eps)
         self.kept.put(index, shares if moves is None else moves.undo(shares, before), stamp)
         return x_adv
 
 
 def make_reuse(
-    options: TrainerOptions,
-    attacks: Sequence[TensorAttack],
-    batches: Batches,
-    *,
-    device: torch.device,
-    ranks: Ranks,
-    folder: Path | None,
-    identity: str,
-    writes: bool,
+    options: TrainerOptions, attacks: Sequence[TensorAttack], batches: Batches, keeper: Keeper, ranks: Ranks
 ) -> Reuse | None:
     """
-    Return how attacks are reused; `None` if the full attack is run.
+    Return how attacks go on from the last epoch's; `None` if the full attack is run in every epoch.
 
     :param options: The trainer's options.
     :param attacks: The attacks, which take turns.
     :param batches: The training data.
-    :param device: The network's device.
+    :param keeper: Saves the run.
     :param ranks: The processes that train together.
-    :param folder: The checkpoint's folder, or `None`.
-    :param identity: Names the run in its files.
-    :param writes: Whether this process writes files.
     :raises ValueError: If `reuse_perturbations` says that they must be reused, and they cannot be.
     """
     reuse = options.reuse_perturbations
@@ -183,7 +179,7 @@ def make_reuse(
         assert isinstance(batches, ArrayBatches)
         shape, ball = tuple(batches.x.shape), _ascent(attacks[0]).ball
         needed = Perturbations.bytes_of(shape, ball)
-        place = place_for(needed, device, DEVICE_SHARE)
+        place = place_for(needed, attacks[0].classifier.device, DEVICE_SHARE)
         if place is None:
             why = f"they take {needed:,} bytes, more than the memory that is free"
     if why is not None:
@@ -197,6 +193,7 @@ def make_reuse(
         return None
     assert place is not None
     kept = Perturbations(shape, ball, place)
+    folder = keeper.folder
     if ranks.rank == 0:
         on_disk = "" if folder is None else f", twice that in {folder}"
         logger.info("The second stage reuses perturbations. They take %s bytes of memory%s.", f"{needed:,}", on_disk)
@@ -204,10 +201,10 @@ def make_reuse(
     return Reuse(
         options=reuse,
         kept=kept,
-        files=None if folder is None else PerturbationFiles(folder, identity, kept),
+        files=None if folder is None else PerturbationFiles(folder, keeper.identity, kept),
         augmentation=augmentation if isinstance(augmentation, CropAndFlip) else None,
         ranks=ranks,
-        writes=writes,
+        writes=keeper.writes,
         nb_batches=batches.nb_batches,
         begins=options.warmup,
     )
@@ -246,7 +243,3 @@ def _ascent(attack: TensorAttack) -> Ascent:
     ascent = attack.ascent
     assert ascent is not None  # checked before the run
     return ascent
-
-
-def _eps(attack: TensorAttack) -> float | torch.Tensor:
-    return _ascent(attack).ball.eps
