@@ -302,6 +302,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         """Run the training loop; its record is kept even if it raises."""
         attacks = check_attacks(self.attacks, self._classifier)
         loop = self.loop_class(estimator=self._classifier, attacks=attacks, options=self.options, **parts)
-        loop.prepare()
-        self.history = loop.history
-        loop.run()
+        with loop.keeper.held():
+            loop.prepare()
+            self.history = loop.history
+            loop.run()

@@ -6,13 +6,15 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import nn
 
 from art_clat.training.averaging import Average
@@ -237,17 +239,39 @@ class Keeper:
 
         :return: Where the run is; `None` if it is a new one.
         :raises ValueError: As :meth:`Checkpoint.resume`.
-        :raises OSError: As :meth:`Checkpoint.prepare`, before anything is changed.
         """
         if self._checkpoint is None:
             return None
-        if self.writes:
-            self._checkpoint.prepare()
         best = self._checkpoint.load_best()
         progress = self._checkpoint.resume()
         if progress is not None:
             self._best = best
         return progress
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """
+        Keep other runs out of the checkpoint's folder in this context. A killed process holds it no longer.
+
+        :raises ValueError: If another run writes to it.
+        :raises OSError: As :meth:`Checkpoint.prepare`.
+        """
+        if self._checkpoint is None or not self.writes:
+            yield
+            return
+        self._checkpoint.prepare()
+        folder = self._checkpoint.last.parent
+        lock = FileLock(folder / "run.lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            raise ValueError(
+                f"`checkpoint`: another run is writing to {folder}. Wait for its end, or use another folder."
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     @property
     def folder(self) -> Path | None:

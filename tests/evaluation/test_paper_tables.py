@@ -105,7 +105,7 @@ class TestConfiguration:
             for name, others in study.references(table).items():
                 bases = {study.arm(one).get("base", "pgd_at") for one in (name, *others)}
                 assert len(bases) == 1  # pairs begin at the same weights
-                assert others or name in {"d_trades", "d_mart", "d_awp", "d_fbf", "rule_random"}
+                assert others or name in {"d_trades", "d_mart", "d_awp", "d_fbf", "rule_random", "g_full"}
                 if letter == "C" and name.startswith("c_") and name != "c_single_step":
                     assert others == ["clat_parameters"]  # not what that one is compared with elsewhere
 
