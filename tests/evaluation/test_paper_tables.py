@@ -114,6 +114,7 @@ class TestConfiguration:
         assert full == {**gpu, "amp": False, "channels_last": False, "autoattack_images": 10_000}
         assert resolve_preset(CONFIG["presets"], "full_densenet121") == {**full, "backbone": "densenet121_cifar"}
         settings = set(gpu) | {"stem_stride", "validated_images", "backbone_arguments", "tuned_in"}
+        settings |= {"evaluated", "evaluation_batch_size"}
         assert all(set(resolve_preset(CONFIG["presets"], name)) <= settings for name in CONFIG["presets"])
 
     def test_like_takes_over_all_but_what_is_given(self):
