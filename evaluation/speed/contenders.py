@@ -94,9 +94,8 @@ class Contender:
             self.trainer.fit(*self.data)
         else:
             x, y = self.data
-            if isinstance(self.trainer, AdversarialTrainerFBFPyTorch):
-                y = np.eye(10, dtype=np.float32)[y]
-            self.trainer.fit(x, y, batch_size=self.batch_size, nb_epochs=1)
+            labels = np.eye(10, dtype=np.float32)[y] if isinstance(self.trainer, AdversarialTrainerFBFPyTorch) else y
+            self.trainer.fit(x, labels, batch_size=self.batch_size, nb_epochs=1)
 
     def seconds(self, spent: float) -> float:
         """Return what the epoch took of the time of a call; finding the layers, once a run, is no part of it."""
