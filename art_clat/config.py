@@ -81,13 +81,14 @@ class SelectionOptions:
 
     :param rule: ``"criticality"`` (the paper's), another name of :func:`art_clat.list_selection_rules`, a function of
            :class:`art_clat.Candidates` that returns one score a layer, or names of layers that are always chosen.
-    :param samples: Number of training samples that a selection measures, at least 1; they are drawn once a run.
+    :param samples: Number of training samples that a selection measures, at least 1; they are drawn once a run. `None`:
+           1024, or as many as a third of an epoch's time allows, if that is fewer.
     :raises TypeError: If `rule` is none of these.
     :raises ValueError: If `samples` is out of its range.
     """
 
     rule: RuleLike = "criticality"
-    samples: int = 1024
+    samples: int | None = None
 
     def __post_init__(self) -> None:
         names = isinstance(self.rule, (list, tuple)) and self.rule and all(isinstance(n, str) for n in self.rule)
@@ -95,7 +96,8 @@ class SelectionOptions:
             raise TypeError(
                 f"`selection` must be the name of a rule, a list of layer names, or a function, got {self.rule!r}."
             )
-        check_whole(self.samples, 1, argument="samples")
+        if self.samples is not None:
+            check_whole(self.samples, 1, argument="samples")
 
     @classmethod
     def of(cls, selection: SelectionOptions | RuleLike) -> SelectionOptions:

@@ -26,6 +26,11 @@ class Batches(abc.ABC):
     def nb_batches(self) -> int:
         """Number of batches in an epoch."""
 
+    @property
+    @abc.abstractmethod
+    def nb_samples(self) -> int:
+        """Number of samples in the data."""
+
     @abc.abstractmethod
     def example(self) -> torch.Tensor:
         """Return at least one input."""
@@ -70,6 +75,10 @@ class ArrayBatches(Batches):
         full, rest = divmod(len(self.x), self.batch_size)
         return full + (rest > 0 and not self.drop_last)
 
+    @property
+    def nb_samples(self) -> int:
+        return len(self.x)
+
     def example(self) -> torch.Tensor:
         return self.x[:1]
 
@@ -109,6 +118,10 @@ class GeneratorBatches(Batches):
     @property
     def nb_batches(self) -> int:
         return -(-int(self.generator.size) // int(self.generator.batch_size))
+
+    @property
+    def nb_samples(self) -> int:
+        return int(self.generator.size)
 
     def example(self) -> torch.Tensor:
         if not self._ahead:

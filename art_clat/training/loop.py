@@ -33,6 +33,7 @@ from art_clat.training.finite import FiniteGuard
 from art_clat.training.history import History, SelectionRecord
 from art_clat.training.objectives import BatchLoss, find_objective
 from art_clat.training.reuse import make_reuse
+from art_clat.training.setup import nb_measured
 from art_clat.training.stage import EpochSums, Stage, make_record
 from art_clat.training.strength import StrengthMeter
 from art_clat.training.validation import measure_accuracies
@@ -114,7 +115,7 @@ class TrainingLoop:
             logger.info("The run in the checkpoint %s; the classifier gets its weights.", state)
         self.ranks.check_same({"the checkpoint": (*self.counters, self.progress.batch)}, self.device)
         with seeded_randomness(self.progress.seed, self.device):
-            self.sample = self.batches.sample(self.options.selection.samples, self.ranks)
+            self.sample = self.batches.sample(nb_measured(self.options, self.attacks, self.batches), self.ranks)
             self.layers = self.classifier.find_layers(self.batches.example(), self.options.layers)
         self.begin_reuse()
         self.eligible = eligible_layers(self.layers, head_eligible=self.options.layers.head_eligible)
@@ -258,11 +259,10 @@ class TrainingLoop:
         objective, attack = self.stage.objective, self.attack_for(number)
         inner = partial(objective.perturb, attack)
         if self.reuse is not None and self.stage.chosen is not None:
-            if number == self.batches.nb_batches // 2 and self.meter.is_due(
-                self.progress.epoch, self.history.strengths
-            ):
-                self.measure_strength()
             seed, epoch = self.counters
+            if self.meter.is_due(epoch, number, self.history.strengths):
+                images, first = self.load(self.meter.images, number), self.training_attacks[0]
+                self.history.strengths.append(self.meter.measure(objective, first, images, seed=seed, epoch=epoch))
             stamp = self._batches_before(number) + 1
             inner = partial(self.reuse.perturb, objective, attack, seed=seed, epoch=epoch, stamp=stamp)
         reseed(self.device, *self.counters, number)
@@ -274,16 +274,7 @@ class TrainingLoop:
         if self.fit.nb_epochs > max(self.options.warmup, self.progress.epoch):
             self.reuse = make_reuse(self.options, self.training_attacks, self.batches, self.keeper, self.ranks)
         if self.reuse is not None:
-            done = self._batches_before(self.progress.batch)
-            self.reuse.load_epochs(done)
-            self.meter = StrengthMeter.of(self.reuse, self.sample, self.ranks)
-            self.reuse.load_batches(done)
-
-    def measure_strength(self) -> None:
-        """Record how strong an attack is that goes on from the last epoch's."""
-        images, (seed, epoch) = self.load(self.meter.images, 0), self.counters
-        record = self.meter.measure(self.stage.objective, self.training_attacks[0], images, seed=seed, epoch=epoch)
-        self.history.strengths.append(record)
+            self.meter = StrengthMeter.begin(self.reuse, self.sample, self._batches_before(self.progress.batch))
 
     def save(self) -> None:
         """Save the run; all processes must call this."""

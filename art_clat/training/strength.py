@@ -13,7 +13,6 @@ from art_clat.training.history import StrengthRecord
 from art_clat.training.objectives import Objective
 from art_clat.training.reuse import Reuse
 from art_clat.utils.batch import Batch
-from art_clat.utils.processes import Ranks
 from art_clat.utils.randomness import reseed
 
 logger = logging.getLogger(__name__)
@@ -39,25 +38,32 @@ class StrengthMeter:
     The perturbations that the epoch began with are then as old, on average, as those that its batches go on from.
 
     :param reuse: The attacks.
-    :param images: The images that are measured, the same in all epochs.
-    :param ranks: The processes; each measures its own images.
+    :param images: The images that this process measures, the same in all epochs.
     """
 
     reuse: Reuse
     images: Batch
-    ranks: Ranks
 
     def __post_init__(self) -> None:
         self._warned = False
         self.begin_epoch()
 
     @classmethod
-    def of(cls, reuse: Reuse, sample: Sequence[Batch], ranks: Ranks) -> StrengthMeter:
-        """Make a meter that measures on some of the samples that selections measure on."""
-        number = -(-min(MOST, max(1, len(reuse.kept.stamps) // ONE_OF)) // ranks.size)
+    def begin(cls, reuse: Reuse, sample: Sequence[Batch], batches_done: int) -> StrengthMeter:
+        """
+        Load what a resumed run has found, and make a meter that measures on some of the samples of the selections.
+
+        :param reuse: The attacks.
+        :param sample: The samples that selections measure on.
+        :param batches_done: Number of batches that the run has trained.
+        """
+        number = -(-min(MOST, max(1, len(reuse.kept.stamps) // ONE_OF)) // reuse.ranks.size)
         index = torch.cat([batch.index for batch in sample if batch.index is not None])[:number]
         x, y = (torch.cat(values)[:number] for values in zip(*((batch.x, batch.y) for batch in sample), strict=True))
-        return cls(reuse=reuse, images=replace(Batch.whole(x, y), index=index), ranks=ranks)
+        reuse.load_epochs(batches_done)
+        meter = cls(reuse=reuse, images=replace(Batch.whole(x, y), index=index))
+        reuse.load_batches(batches_done)
+        return meter
 
     def begin_epoch(self) -> None:
         """Remember the perturbations that the epoch begins with."""
@@ -66,9 +72,10 @@ class StrengthMeter:
         self._known = torch.nonzero(self.reuse.kept.known(self.images))[:, 0]
         self._shares = self.reuse.kept.get(index[self._known], self.images.x.device)
 
-    def is_due(self, epoch: int, history: list[StrengthRecord]) -> bool:
-        """Return whether to measure in the middle of an epoch; the same in all processes."""
-        return epoch > self.reuse.begins and (not history or epoch - history[-1].epoch >= EVERY)
+    def is_due(self, epoch: int, number: int, history: Sequence[StrengthRecord]) -> bool:
+        """Return whether to measure before batch `number` of an epoch; the same in all processes."""
+        is_middle = number == self.reuse.nb_batches // 2 and epoch > self.reuse.begins
+        return is_middle and (not history or epoch - history[-1].epoch >= EVERY)
 
     def measure(
         self, objective: Objective, attack: TensorAttack, images: Batch, *, seed: int, epoch: int
@@ -99,10 +106,10 @@ class StrengthMeter:
                 with attack.classifier.attacked(), torch.no_grad():
                     sums[place] = objective.climbed(batch)(x_adv).sum()
             sums[3] = len(batch)
-        longest, reused, full, number = self.ranks.sum(sums).tolist()
+        longest, reused, full, number = self.reuse.ranks.sum(sums).tolist()
         record = StrengthRecord(epoch, reused / longest, full / longest, int(number))
         is_weak = record.images >= ENOUGH and record.reused < record.full - MARGIN
-        if is_weak and not self._warned and self.ranks.rank == 0:
+        if is_weak and not self._warned and self.reuse.ranks.rank == 0:
             logger.warning(
                 "Reused perturbations reach %.3f of the loss that %d steps reach, the full attack %.3f: use more steps "
                 "(`reuse_perturbations=%d`), or None for the full attack.",
