@@ -262,7 +262,8 @@ class TrainingLoop:
             seed, epoch = self.counters
             if self.meter.is_due(epoch, number, self.history.strengths):
                 images, first = self.load(self.meter.images, number), self.training_attacks[0]
-                self.history.strengths.append(self.meter.measure(objective, first, images, seed=seed, epoch=epoch))
+                record = self.meter.measure(objective, first, images, seed=seed, epoch=epoch)
+                self.history.strengths += [] if record is None else [record]
             stamp = self._batches_before(number) + 1
             inner = partial(self.reuse.perturb, objective, attack, seed=seed, epoch=epoch, stamp=stamp)
         reseed(self.device, *self.counters, number)

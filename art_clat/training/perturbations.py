@@ -187,7 +187,7 @@ class PerturbationFiles:
         file.check()
         stamps = file.stamps()
         latest = int(stamps.max(initial=0))
-        if not end - nb_batches < latest <= end:
+        if latest != end:
             raise _unusable(file.path, f"is of another time: its last batch is {latest}, not {end}")
         self._take(file, np.flatnonzero(stamps))
         self._saved = end

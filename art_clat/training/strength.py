@@ -79,7 +79,7 @@ class StrengthMeter:
 
     def measure(
         self, objective: Objective, attack: TensorAttack, images: Batch, *, seed: int, epoch: int
-    ) -> StrengthRecord:
+    ) -> StrengthRecord | None:
         """
         Measure attacks.
 
@@ -88,7 +88,7 @@ class StrengthMeter:
         :param images: The measured images as the epoch's augmentation makes them.
         :param seed: The run's seed.
         :param epoch: The epoch, from 0.
-        :return: The record.
+        :return: The record; `None` if no measured image has a perturbation yet.
         """
         reseed(images.x.device, seed, epoch, 0, STEPS)
         batch = images.take(self._known)
@@ -107,6 +107,8 @@ class StrengthMeter:
                     sums[place] = objective.climbed(batch)(x_adv).sum()
             sums[3] = len(batch)
         longest, reused, full, number = self.reuse.ranks.sum(sums).tolist()
+        if not number:
+            return None
         record = StrengthRecord(epoch, reused / longest, full / longest, int(number))
         is_weak = record.images >= ENOUGH and record.reused < record.full - MARGIN
         if is_weak and not self._warned and self.reuse.ranks.rank == 0:
