@@ -184,6 +184,31 @@ def test_images_that_an_epoch_does_not_visit_keep_their_perturbation(chain, data
     assert waited
 
 
+def test_a_batch_of_new_and_known_images(chain, data):
+    """Known images go on from their perturbation, new ones get the full attack."""
+    trainer = make_trainer(make_classifier(chain), ratio=0.5)
+    seen, kept, numbers = watch(trainer), {}, {True: 0, False: 0}
+    trainer.fit(*data, batch_size=16, nb_epochs=4, **QUIET)
+    for _, batch, x_adv, weights, _ in seen:
+        model = Chain().requires_grad_(False)
+        model.load_state_dict(weights)
+        perturbed = torch.nonzero((x_adv != batch.x).flatten(1).any(1))[:, 0]
+        assert len(perturbed) == 8
+        codes = torch.stack([kept.get(int(i), torch.zeros(2, 6, 6)) for i in batch.index])
+        expected = climb(
+            lambda z, model=model, batch=batch: torch.nn.functional.cross_entropy(model(z), batch.y, reduction="sum"),
+            batch.x, codes * (EPS / 127), norm=np.inf, eps=torch.tensor(EPS), step=EPS / 2, steps=1,
+        )  # fmt: skip
+        same = (x_adv - expected).abs().flatten(1).amax(1) < 1e-6
+        for place in perturbed.tolist():
+            is_known = int(batch.index[place]) in kept
+            assert same[place] == is_known
+            numbers[is_known] += 1
+        found = ((x_adv - batch.x) / EPS * 127).round()
+        kept |= {int(batch.index[place]): found[place] for place in perturbed.tolist()}
+    assert min(numbers.values()) > 20
+
+
 CASES = {
     "plain": {"augmentation": None},
     "moved": {"augmentation": CropAndFlip(1)},
