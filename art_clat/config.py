@@ -117,21 +117,24 @@ class Budget:
     """
     How many layers are chosen: a share of them, a number, or as many as fit into a share of the parameters.
 
-    Pass exactly one of the three.
+    Pass exactly one of `share`, `count` and `parameter_share`.
 
     :param share: Share of all layers, in (0, 1], rounded; at least one layer.
     :param count: Number of layers, at least 1.
-    :param parameter_share: Share of the network's scalar parameters, in (0, 1]. Layers are taken from the best
-           downwards; one that would exceed the share is passed over.
+    :param parameter_share: Share of the network's scalar parameters, in (0, 1], to within a tenth of it. A layer that
+           exceeds it by itself is passed over. Of the others, the best are taken until one does not fit.
+    :param fill: Pass over every layer that does not fit into what is left of `parameter_share`, to within nothing, and
+           go on with worse ones.
     :raises ValueError: If none or several are given, or one is out of its range.
     """
 
     share: float | None = None
     count: int | None = None
     parameter_share: float | None = None
+    fill: bool = False
 
     def __post_init__(self) -> None:
-        given = {name: value for name, value in vars(self).items() if value is not None}
+        given = {name: value for name, value in vars(self).items() if value is not None and name != "fill"}
         if len(given) != 1:
             raise ValueError(f"`Budget` takes exactly one of share, count and parameter_share, got {given or 'none'}.")
         for name, value in given.items():
@@ -139,6 +142,8 @@ class Budget:
                 check_whole(value, 1, argument=name)
             else:
                 check_share(value, argument=name)
+        if self.fill and self.parameter_share is None:
+            raise ValueError(f"`fill` needs `parameter_share`, got {name}={value!r}.")
 
     @classmethod
     def of(cls, budget: Budget | float) -> Budget:
@@ -149,8 +154,9 @@ class Budget:
         return cls(share=budget)
 
     def __str__(self) -> str:
-        ((name, value),) = ((name, value) for name, value in vars(self).items() if value is not None)
-        return f"{name}={value:g}"
+        given = {name: value for name, value in vars(self).items() if value is not None and name != "fill"}
+        ((name, value),) = given.items()
+        return f"{name}={value:g}" + ", fill=True" * self.fill
 
 
 @dataclass(frozen=True)

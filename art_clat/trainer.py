@@ -33,12 +33,13 @@ from art_clat.models.tensor_classifier import TensorClassifier
 from art_clat.selection.rules import as_rule
 from art_clat.training.averaging import Average
 from art_clat.training.checkpoint import Keeper
-from art_clat.training.checks import check_inner_attacks, check_scheduler, check_validation
+from art_clat.training.checks import check_inner_attacks, check_loss, check_scheduler, check_validation
 from art_clat.training.data import ArrayBatches, GeneratorBatches
 from art_clat.training.history import History
 from art_clat.training.loop import TrainingLoop
 from art_clat.training.objectives import find_objective
 from art_clat.training.setup import make_keeper
+from art_clat.utils.checks import check_not_in_inference_mode
 from art_clat.utils.processes import Ranks
 
 Arrays = tuple[npt.NDArray[np.floating], npt.NDArray[np.generic]]
@@ -300,9 +301,11 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
 
     def _run(self, **parts: Any) -> None:
         """Run the training loop; its record is kept even if it raises."""
+        check_not_in_inference_mode("fit")
+        check_loss(self._classifier)
         attacks = check_attacks(self.attacks, self._classifier)
         loop = self.loop_class(estimator=self._classifier, attacks=attacks, options=self.options, **parts)
-        with loop.keeper.held():
+        with torch.enable_grad(), loop.keeper.held():
             loop.prepare()
             self.history = loop.history
             loop.run()

@@ -37,7 +37,7 @@ CONFIGURATIONS = {
     "a share of odd batches, several layers": ({"ratio": 0.6, "budget": 0.5}, {"batch_size": 15}),
     "reused perturbations of a share of moved images": (
         {"reuse_perturbations": 1, "ratio": 0.6, "augmentation": CropAndFlip(1)},
-        {},
+        {"batch_size": 15},
     ),
     # Not TRADES: its attack begins where the gradient is near zero, so rounding decides the sign.
     "rivals": (

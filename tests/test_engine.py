@@ -299,7 +299,7 @@ class TestOptions:
         ]
         losses = [[record.loss for record in trainer.history.epochs] for trainer in trainers]
         np.testing.assert_allclose(*losses, rtol=1e-3)
-        assert all(formats[4:])  # after the layers were found
+        assert all(formats[6:])  # after the layers were found
         assert all(p.is_contiguous() for p in models[1].parameters())
 
     def test_channels_last_applies_to_the_momentum_too(self, normed, data):

@@ -202,7 +202,7 @@ class TestInterfaceOfART:
         before = snapshot(chain)
         make_trainer(classifier, warmup=1).fit(*data, nb_epochs=2, **QUIET)
         assert moved(chain, before)
-        with pytest.raises(ValueError, match="preprocessing is PyTorch's"):
+        with pytest.raises(ValueError, match="cannot here: the classifier's preprocessing is not PyTorch's"):
             make_trainer(classifier, objective="clean")
 
     def test_scheduler_steps_once_an_epoch(self, chain, data):
@@ -886,7 +886,7 @@ class TestBadInput:
             AdversarialTrainerCLATPyTorch(classifier, [])
         with pytest.raises(TypeError, match="`attacks` must be an ART EvasionAttack"):
             AdversarialTrainerCLATPyTorch(classifier, [chain])
-        with pytest.raises(ValueError, match="got DeepFool"):
+        with pytest.raises(ValueError, match="cannot here: DeepFool is not of the PGD family"):
             AdversarialTrainerCLATPyTorch(classifier, DeepFool(classifier), objective="clean")
 
     @pytest.mark.parametrize(

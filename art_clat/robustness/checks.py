@@ -12,6 +12,9 @@ from torch import nn
 #: The p of each ℓp norm.
 ORDERS = {"Linf": float("inf"), "L2": 2.0, "L1": 1.0}
 
+#: By how much images may leave [0, 1]: rounding does that. They are clipped.
+ROUNDING = 1e-6
+
 #: Number of examples on which the range of the inputs is checked.
 SAMPLE = 512
 
@@ -31,9 +34,10 @@ def check_images(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> torch.Tensor:
             "`x` and `y` must be images of shape (n, channels, height, width) and as many labels, "
             f"got shape {x.shape} and {len(y)} labels."
         )
-    if not np.issubdtype(x.dtype, np.floating) or not np.isfinite(x).all() or x.min() < 0 or x.max() > 1:
-        raise ValueError(f"`x` must be floating point in [0, 1], got {x.dtype} in [{x.min():.6g}, {x.max():.6g}].")
-    return torch.as_tensor(x.astype(np.float32))
+    is_float = np.issubdtype(x.dtype, np.floating)
+    if not is_float or not np.isfinite(x).all() or x.min() < -ROUNDING or x.max() > 1 + ROUNDING:
+        raise ValueError(f"`x` must be floating point in [0, 1], got {x.dtype} in [{x.min():.8g}, {x.max():.8g}].")
+    return torch.as_tensor(np.clip(x.astype(np.float32), 0, 1))
 
 
 def check_eps(eps: float, norm: str, size: int) -> None:

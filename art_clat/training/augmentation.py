@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from art_clat.models.checks import ROUNDING
 from art_clat.utils.batch import Batch
 from art_clat.utils.checks import check_whole
 from art_clat.utils.randomness import drawn_by_image, reseed
@@ -135,3 +136,21 @@ def augment(
             )
         images.append(changed)
     return replace(batch, x=torch.stack(images))
+
+
+def check_augmented(x: torch.Tensor, clip_values: tuple[torch.Tensor, ...] | None, number: int) -> None:
+    """
+    Refuse augmented images that leave the range of valid inputs, in which the attack stays.
+
+    On a GPU, where a look makes the processor wait, only the first batch of an epoch is looked at.
+    """
+    if clip_values is None or (number > 0 and x.device.type != "cpu"):
+        return
+    low, high = clip_values
+    tolerance = ROUNDING * (high - low)
+    if ((x < low - tolerance) | (x > high + tolerance)).any():
+        raise ValueError(
+            f"`augmentation` makes images in [{x.min():.6g}, {x.max():.6g}], outside the classifier's clip_values "
+            f"[{low.min():.6g}, {high.max():.6g}], in which the attack stays. Put a normalisation into the network, or "
+            "into `preprocessing=` of the classifier, and a clamp at the end of other transforms."
+        )

@@ -50,3 +50,13 @@ class FiniteGuard:
             for good, tensor in zip(self._good, self._tensors, strict=True):
                 tensor.copy_(good)
         raise FloatingPointError(f"The {what} is not finite")
+
+
+def explained(
+    error: FloatingPointError, epoch: int, batch: int, *, learning_rate: float, weight: float
+) -> FloatingPointError:
+    """Return an error of :class:`FiniteGuard` that says where it happened, and what to do."""
+    return FloatingPointError(
+        f"{error} in epoch {epoch}, batch {batch}. The last finite weights are restored. Probably the learning rate "
+        f"(now {learning_rate:g}) or `criticality_weight` ({weight:g}) is too large: use a smaller one."
+    )

@@ -53,12 +53,15 @@ class EpochRecord:
     robust_accuracy: float | None = None
 
     def summary(self) -> dict[str, str]:
-        """Return what a progress bar shows: the loss, and accuracies, those of validation if there are any."""
+        """Return what a progress bar shows: the loss and its terms, and accuracies, of validation if there are any."""
         clean = self.clean_accuracy if self.clean_accuracy is not None else self.train_clean_accuracy
         robust = self.robust_accuracy if self.robust_accuracy is not None else self.train_robust_accuracy
         shown = {"clean": clean, "robust": robust}
+        terms = {"loss": self.loss}
+        if self.criticality_loss:
+            terms |= {"cross-entropy": self.cross_entropy, "λ·distance": self.loss - self.cross_entropy}
         return {
-            "loss": f"{self.loss:.3f}",
+            **{name: f"{value:.3f}" for name, value in terms.items()},
             **{name: f"{100 * value:.1f} %" for name, value in shown.items() if value is not None},
         }
 

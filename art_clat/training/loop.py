@@ -24,12 +24,12 @@ from art_clat.selection.budget import check_budget
 from art_clat.selection.candidates import Candidates
 from art_clat.selection.choice import check_names, choose, eligible_layers
 from art_clat.selection.rules import as_rule
-from art_clat.training.augmentation import augment
+from art_clat.training.augmentation import augment, check_augmented
 from art_clat.training.checkpoint import Keeper, Progress
-from art_clat.training.checks import check_optimizer_trains
+from art_clat.training.checks import check_optimizer_trains, check_training_output, warn_before_a_run
 from art_clat.training.data import Batches
 from art_clat.training.description import configuration
-from art_clat.training.finite import FiniteGuard
+from art_clat.training.finite import FiniteGuard, explained
 from art_clat.training.history import History, SelectionRecord
 from art_clat.training.objectives import BatchLoss, find_objective
 from art_clat.training.reuse import make_reuse
@@ -37,6 +37,7 @@ from art_clat.training.setup import nb_measured
 from art_clat.training.stage import EpochSums, Stage, make_record
 from art_clat.training.strength import StrengthMeter
 from art_clat.training.validation import measure_accuracies
+from art_clat.training.watch import FirstBatches, warn_about_still_layers
 from art_clat.utils.batch import Batch
 from art_clat.utils.modes import restored_modes
 from art_clat.utils.processes import Ranks
@@ -114,7 +115,11 @@ class TrainingLoop:
             state = "is finished" if epoch >= last else f"resumes at epoch {epoch}"
             logger.info("The run in the checkpoint %s; the classifier gets its weights.", state)
         self.ranks.check_same({"the checkpoint": (*self.counters, self.progress.batch)}, self.device)
+        if self.ranks.rank == 0:
+            warn_before_a_run(self.options, self.training_attacks, self.fit.nb_epochs)
         with seeded_randomness(self.progress.seed, self.device):
+            if self.options.warmup:
+                check_training_output(self.classifier, self.batches.example())
             self.sample = self.batches.sample(nb_measured(self.options, self.attacks, self.batches), self.ranks)
             self.layers = self.classifier.find_layers(self.batches.example(), self.options.layers)
         self.begin_reuse()
@@ -165,9 +170,11 @@ class TrainingLoop:
             objective = cls(self.classifier, None, cls.default_weight)
         else:
             self.freeze(chosen)
+            warn_about_still_layers(self.measured_classifier, chosen, self.sample[0], ranks=self.ranks)
             cls, weight = find_objective(self.options.objective), self.options.criticality_weight
             objective = cls(self.classifier, chosen, weight)
         self.stage = Stage.begin(chosen, objective, self.ranks)
+        self.first_batches = FirstBatches(objective)
 
     def freeze(self, chosen: list[Layer]) -> None:
         """Freeze everything outside the chosen layers, and drop the optimiser's state of what is frozen."""
@@ -234,11 +241,8 @@ class TrainingLoop:
                         self.save()
             except FloatingPointError as error:
                 self.optimizer.state.clear()  # it may not be finite either
-                raise FloatingPointError(
-                    f"{error} in epoch {progress.epoch}, batch {number}. The last finite weights are restored. "
-                    f"Probably the learning rate (now {learning_rate:g}) or `criticality_weight` "
-                    f"({self.options.criticality_weight:g}) is too large: use a smaller one."
-                ) from None
+                place, weight = (progress.epoch, number), self.options.criticality_weight
+                raise explained(error, *place, learning_rate=learning_rate, weight=weight) from None
         self.history.epochs.append(make_record(progress, self.stage, learning_rate))
 
     def load(self, batch: Batch, number: int) -> Batch:
@@ -246,6 +250,7 @@ class TrainingLoop:
         batch = batch.to(self.device)
         if self.options.augmentation is not None:
             batch = augment(self.options.augmentation, batch, *self.counters, number)
+            check_augmented(batch.x, self.classifier.clip_values, number)
         if self.options.performance.channels_last and batch.x.ndim == 4:
             batch = replace(batch, x=batch.x.contiguous(memory_format=torch.channels_last))
         return batch
@@ -292,6 +297,7 @@ class TrainingLoop:
         self.guard.before_step(loss.loss)
         # Gradients are averaged over processes, but their parts of a batch may differ by one sample.
         (loss.loss * (self.ranks.size * len(batch) / batch.part.total)).backward()
+        self.first_batches.add(loss, warns=self.ranks.rank == 0)
         self.optimizer.step()
         self.guard.after_step()
         return loss

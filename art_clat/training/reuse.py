@@ -223,8 +223,7 @@ def _why_not(
         return f"CropAndFlip moves images of shape (channels, height, width), not {tuple(batches.x.shape[1:])}"
     found = [attack.ascent for attack in attacks]
     if None in found:
-        unknown = next(a for a, ascent in zip(attacks, found, strict=True) if ascent is None)
-        return f"the steps of {type(unknown.attack).__name__} are not known here, it runs through its `generate`"
+        return next(attack.why_generate for attack in attacks if attack.why_generate is not None)
     first, *others = (ascent for ascent in found if ascent is not None)
     if any(type(other.ball) is not type(first.ball) or not _equal(other.ball.eps, first.ball.eps) for other in others):
         return "the attacks have different balls"

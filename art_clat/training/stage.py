@@ -98,7 +98,8 @@ class EpochSums:
 
     def add(self, loss: BatchLoss, labels: torch.Tensor) -> None:
         """Add a batch's loss and accuracy; `labels` are index labels."""
-        correct = (loss.logits.argmax(dim=1) == labels).float().mean()
+        logits = loss.logits[: len(labels)]  # a preprocessing of training may append copies
+        correct = (logits.argmax(dim=1) == labels).float().mean()
         means = [loss.loss.detach(), loss.cross_entropy, loss.criticality_loss, correct, torch.ones_like(correct)]
         self._sums += len(labels) * torch.stack(means)
 

@@ -105,7 +105,9 @@ def trainer_arguments(preset: Settings, arm_trainer: Settings) -> Settings:
         **copy.deepcopy(arm_trainer),
     }
     if isinstance(options.get("budget"), dict):
-        options["budget"] = Budget(**options["budget"])
+        # Arms within a share of the parameters were run before layers were taken in order until one does not fit.
+        fill = {"fill": True} if "parameter_share" in options["budget"] else {}
+        options["budget"] = Budget(**fill, **options["budget"])
     layers = {name: options.pop(name) for name in LAYER_OPTIONS if name in options}
     performance = {name: preset.get(name, False) for name in ("amp", "channels_last")}
     return {

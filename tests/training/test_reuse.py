@@ -26,6 +26,18 @@ from art_clat.training.perturbations import PerturbationFiles
 QUIET = {"verbose": False}
 EPS = 0.1
 
+START = multiprocessing.get_context("forkserver")
+START.set_forkserver_preload(["art_clat", "pytest", "torchvision.transforms.v2"])
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """As in the processes that are killed: sums in another order round differently."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 def make_trainer(classifier, attack=None, **kwargs):
     settings = {"seed": 0, "layers": LayerOptions(freeze_norms=False), "reuse_perturbations": 1, **kwargs}
@@ -300,7 +312,7 @@ def _train_until(folder, place, number):
     ],
 )
 def test_killed(tmp_path, place, number):
-    process = multiprocessing.get_context("fork").Process(target=_train_until, args=(str(tmp_path), place, number))
+    process = START.Process(target=_train_until, args=(str(tmp_path), place, number))
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
@@ -375,9 +387,8 @@ def test_a_folder_is_for_one_run_at_a_time(tmp_path):
     observe(run[0], step=step)
     with pytest.raises(KeyboardInterrupt):
         fit(run, tmp_path)
-    context = multiprocessing.get_context("fork")
-    begun = context.Event()
-    process = context.Process(target=_hold, args=(str(tmp_path), begun))
+    begun = START.Event()
+    process = START.Process(target=_hold, args=(str(tmp_path), begun))
     process.start()
     assert begun.wait(60)
     with pytest.raises(ValueError, match="another run is writing"):
@@ -395,8 +406,8 @@ class ThroughGenerate(ProjectedGradientDescent):
     ("why", "attacks", "kwargs"),
     [
         ("RandomHorizontalFlip, does not say where a pixel went", [{}], {"augmentation": v2.RandomHorizontalFlip()}),
-        ("its `generate`", [{"class": ThroughGenerate}], {}),
-        ("its `generate`", [{"random_eps": True}], {}),
+        ("ThroughGenerate is a subclass from elsewhere", [{"class": ThroughGenerate}], {}),
+        ("ProjectedGradientDescent has `random_eps=True`", [{"random_eps": True}], {}),
         ("the attacks have different balls", [{}, {"eps": 0.2}], {}),
         ("the attacks have different balls", [{}, {"norm": 2}], {}),
         ("bytes, more than the memory that is free", [{}], {}),

@@ -64,6 +64,8 @@ class Objective(abc.ABC):
     trains_whole_network: ClassVar[bool] = False
     #: Whether the logits of :meth:`loss` are those of the perturbed batch.
     logits_are_adversarial: ClassVar[bool] = True
+    #: Whether the second term is a feature distance, which should stay small beside the cross-entropy.
+    has_distance: ClassVar[bool] = False
     #: Whether :meth:`inner_loss` is climbed in one step of size ε instead of the attack's steps.
     single_step: ClassVar[bool] = False
 
