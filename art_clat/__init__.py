@@ -4,6 +4,7 @@ from art_clat.config import Budget, LayerOptions, PerformanceOptions, ReuseOptio
 from art_clat.layers.layer import Layer
 from art_clat.leaderboard.entries import write_robustbench_entry
 from art_clat.models.backbones import create_backbone
+from art_clat.models.two_logits import TwoLogits
 from art_clat.robustness.evaluate import evaluate_robustness
 from art_clat.robustness.report import RobustnessReport
 from art_clat.selection.candidates import Candidates
@@ -48,6 +49,7 @@ __all__ = [
     "SelectionOptions",
     "SelectionRecord",
     "TrainingLoop",
+    "TwoLogits",
     "create_backbone",
     "evaluate_robustness",
     "list_objectives",

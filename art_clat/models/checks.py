@@ -25,6 +25,18 @@ PLAIN = ("art.estimators.classification.pytorch", "art.estimators.classification
 ROUNDING = 1e-6
 
 
+def check_plain(classifier: PyTorchClassifier, *, argument: str) -> None:
+    """Refuse classifiers that train or predict otherwise than their network, such as ART's smoothing ones."""
+    for name in ("fit", "predict", "loss_gradient"):
+        owner = next(cls for cls in type(classifier).__mro__ if name in vars(cls))
+        if owner.__module__ not in PLAIN:
+            raise TypeError(
+                f"`{argument}` is a {type(classifier).__qualname__}, and `{name}` is {owner.__qualname__}'s own. Here "
+                f"the network inside it, {type(classifier.model).__qualname__}, would be used as it is, without what "
+                "that adds (such as noise). Pass a PyTorchClassifier of the network if that is what you want."
+            )
+
+
 def check_classifier(classifier: object, *, needs_optimizer: bool) -> None:
     """Refuse what is not an ART PyTorch classifier with weighted layers, and with an optimiser if it needs one."""
     if not isinstance(classifier, PyTorchClassifier):
@@ -32,14 +44,7 @@ def check_classifier(classifier: object, *, needs_optimizer: bool) -> None:
             "`classifier` must be an ART PyTorchClassifier (art.estimators.classification), "
             f"got {type(classifier).__module__}.{type(classifier).__qualname__}."
         )
-    for name in ("fit", "predict", "loss_gradient"):
-        owner = next(cls for cls in type(classifier).__mro__ if name in vars(cls))
-        if owner.__module__ not in PLAIN:
-            raise TypeError(
-                f"`classifier` is a {type(classifier).__qualname__}, and `{name}` is {owner.__qualname__}'s own. Here "
-                f"the network inside it, {type(classifier.model).__qualname__}, would be used as it is, without what "
-                "that adds (such as noise). Pass a PyTorchClassifier of the network if that is what you want."
-            )
+    check_plain(classifier, argument="classifier")
     for value in () if classifier.clip_values is None else classifier.clip_values:
         shape, inputs = np.shape(value), tuple(classifier.input_shape)
         if len(shape) > len(inputs) or any(n not in (1, m) for n, m in zip(shape[::-1], inputs[::-1], strict=False)):
