@@ -1,6 +1,6 @@
 """CLAT, Criticality-Leveraged Adversarial Training (arXiv 2408.10204), for the Adversarial Robustness Toolbox."""
 
-from art_clat.config import Budget, LayerOptions, PerformanceOptions, SelectionOptions
+from art_clat.config import Budget, FitOptions, LayerOptions, PerformanceOptions, SelectionOptions
 from art_clat.layers.layer import Layer
 from art_clat.leaderboard.entries import write_robustbench_entry
 from art_clat.models.backbones import create_backbone
@@ -10,6 +10,7 @@ from art_clat.selection.candidates import Candidates
 from art_clat.selection.criticality import Criticality, LayerCriticality, measure_criticality
 from art_clat.selection.rules import list_selection_rules, register_selection_rule
 from art_clat.trainer import AdversarialTrainerCLATPyTorch
+from art_clat.training.callbacks import Callback, CSVLog, RunEvent, TensorBoardLog
 from art_clat.training.history import EpochRecord, History, SelectionRecord
 from art_clat.training.loop import TrainingLoop
 from art_clat.training.objectives import (
@@ -31,10 +32,13 @@ __all__ = [
     "Batch",
     "BatchLoss",
     "Budget",
+    "CSVLog",
+    "Callback",
     "Candidates",
     "CleanCLAT",
     "Criticality",
     "EpochRecord",
+    "FitOptions",
     "History",
     "Layer",
     "LayerCriticality",
@@ -42,8 +46,10 @@ __all__ = [
     "Objective",
     "PerformanceOptions",
     "RobustnessReport",
+    "RunEvent",
     "SelectionOptions",
     "SelectionRecord",
+    "TensorBoardLog",
     "TrainingLoop",
     "create_backbone",
     "evaluate_robustness",

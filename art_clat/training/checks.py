@@ -18,27 +18,6 @@ from art_clat.training.objectives import find_objective
 from art_clat.utils.processes import Ranks
 
 
-def check_scheduler(scheduler: object, optimizer: torch.optim.Optimizer) -> None:
-    """Refuse what cannot step the learning rate of this optimiser once an epoch; `None` is accepted."""
-    if scheduler is None:
-        if all(group["lr"] == 0 for group in optimizer.param_groups):
-            raise ValueError(
-                "`classifier.optimizer` has the learning rate 0, so nothing would be trained. ART's "
-                "fast-is-better-than-free trainer leaves it at 0. Set it, or pass a `scheduler` that raises it."
-            )
-        return
-    if not isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
-        raise TypeError(f"`scheduler` must be a torch.optim.lr_scheduler.LRScheduler, got {type(scheduler).__name__}.")
-    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-        raise TypeError(
-            "`scheduler` is stepped without a metric, which ReduceLROnPlateau needs; use a scheduler that needs none."
-        )
-    if scheduler.optimizer is not optimizer:
-        raise ValueError(
-            "`scheduler` belongs to another optimizer than `classifier.optimizer`; build it on `classifier.optimizer`."
-        )
-
-
 def check_loss_learns_nothing(estimator: PyTorchClassifier) -> None:
     """Refuse a loss with parameters, which would be neither saved nor shared."""
     loss = estimator.loss

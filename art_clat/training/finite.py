@@ -50,3 +50,13 @@ class FiniteGuard:
             for good, tensor in zip(self._good, self._tensors, strict=True):
                 tensor.copy_(good)
         raise FloatingPointError(f"The {what} is not finite")
+
+
+def explained(
+    error: FloatingPointError, where: str, learning_rate: float, criticality_weight: float
+) -> FloatingPointError:
+    """Return the error of a :class:`FiniteGuard` with the place in the run and what to do."""
+    return FloatingPointError(
+        f"{error} in {where}. The last finite weights are restored. Probably the learning rate (now {learning_rate:g}) "
+        f"or `criticality_weight` ({criticality_weight:g}) is too large: use a smaller one."
+    )
