@@ -232,10 +232,10 @@ class FitOptions:
            know it themselves, by their ``t_in_epochs``.
     :param max_grad_norm: Scale the gradient of all parameters that are trained down to this ℓ2 norm, above 0, before
            each step, as ``torch.nn.utils.clip_grad_norm_`` does. `None` not to.
-    :param resume: Go on with the run of this trainer's latest call, which also had ``resume=True``: momentum, average
-           and history are kept, and `nb_epochs` counts the epochs of all calls. One after the other, calls with
-           `nb_epochs` 1, 2, … 10 end with the weights of a single call with 10. The first call begins the run. The
-           other arguments must be the same. A `checkpoint` goes on in any case, also in another process.
+    :param resume: Go on with the run of this trainer's latest call, which also had ``resume=True``: with its weights,
+           momentum, average and history. `nb_epochs` counts the epochs of all calls, so calls with 1, 2, … 10 end with
+           the weights of a single call with 10. The first call begins the run. The other arguments must be the same. A
+           `checkpoint` goes on in any case, also in another process.
     :param drop_last: Leave out the last batch of an epoch if it is smaller than the others.
     :param verbose: Show a progress bar.
     :raises TypeError: If ``fit`` was given an option that it does not have.
@@ -261,6 +261,8 @@ class FitOptions:
             object.__setattr__(self, argument, int(getattr(self, argument)))  # NumPy's numbers become Python's
         for argument in ("restore_best", "resume", "drop_last", "verbose"):
             object.__setattr__(self, argument, bool(getattr(self, argument)))
+        if not isinstance(self.callbacks, (list, tuple)):
+            raise TypeError(f"`callbacks` must be a list of callbacks, got {type(self.callbacks).__name__}.")
         check_choice(self.scheduler_step, ("epoch", "batch"), argument="scheduler_step")
         if (norm := self.max_grad_norm) is not None:
             if not is_number(norm) or not 0 < norm < float("inf"):

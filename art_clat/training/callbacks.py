@@ -121,13 +121,12 @@ class Callbacks:
     :raises TypeError: If something among them is no callback.
     """
 
-    def __init__(self, callbacks: object, ranks: Ranks, device: torch.device) -> None:
-        is_list = isinstance(callbacks, Sequence) and not isinstance(callbacks, str)
-        self._callbacks: list[Any] = list(callbacks) if is_list else [callbacks]  # type: ignore[call-overload]
-        for callback in self._callbacks:
+    def __init__(self, callbacks: Sequence[Any], ranks: Ranks, device: torch.device) -> None:
+        for callback in callbacks:
             if not isinstance(callback, Callback):
                 name = callback.__name__ + ", a class" if isinstance(callback, type) else type(callback).__name__
-                raise TypeError(f"`callbacks` must be a list of art_clat.Callback objects, got {name}.")
+                raise TypeError(f"`callbacks` must hold art_clat.Callback objects, got {name}.")
+        self._callbacks: list[Callback] = list(callbacks)
         self._ranks, self._device = ranks, device
 
     def hear(self, moment: str) -> bool:

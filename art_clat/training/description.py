@@ -12,7 +12,7 @@ from torch import nn
 
 from art_clat.config import TrainerOptions
 from art_clat.models.description import describe_inputs
-from art_clat.training.schedule import state_of
+from art_clat.training.schedule import initial_rates, state_of
 from art_clat.utils.descriptions import settings_of, text_of
 from art_clat.utils.environment import describe_environment
 from art_clat.utils.weights import named_tensors
@@ -56,12 +56,13 @@ def describe(
     if "'cycle_momentum': True" in repr(schedule):
         left_out += ["momentum", "betas"]
     names = {parameter: name for name, parameter in classifier.model.named_parameters()}
-    for number, group in enumerate(optimizer.param_groups, start=1):
+    rates = initial_rates(scheduler, optimizer)
+    for number, (group, rate) in enumerate(zip(optimizer.param_groups, rates, strict=True), start=1):
         held = [names.get(parameter, "one that is not the network's") for parameter in group["params"]]
         facts[f"optimizer group {number}"] = {
             "parameters": len(held),
             "in the order": hashlib.sha256(" ".join(held).encode()).hexdigest()[:16],
-            "lr": text_of(group.get("initial_lr", group["lr"])),
+            "lr": text_of(rate),
             **{key: text_of(value) for key, value in group.items() if key not in left_out},
         }
     return facts

@@ -145,7 +145,8 @@ class TrainingLoop:
                         self.begin_stage(self.select())
                         self.tell("on_selection_end")
                     bar.set_description(self.stage.title)
-                    if self.train_epoch():
+                    self.train_epoch()
+                    if not self.progress.stopped or len(self.history.epochs) > self.progress.epoch:
                         self.end_epoch()
                         bar.set_postfix(self.history.epochs[-1].summary(), refresh=False)
                         bar.update()
@@ -224,15 +225,15 @@ class TrainingLoop:
         logger.log(logging.INFO if self.ranks.rank == 0 else logging.DEBUG, "%s", record.sentence())
         return choice.layers
 
-    def train_epoch(self) -> bool:
-        """Train an epoch, or the rest of it, and record it; return whether it was completed, not stopped."""
+    def train_epoch(self) -> None:
+        """Train an epoch, or the rest of it, and record it, unless a callback stops the run before its end."""
         progress, start = self.progress, time.perf_counter() - self.progress.seconds
         self.guard = FiniteGuard(self.model, every=self.look_every(), ranks=self.ranks)
         sums = EpochSums(self.device)
         reseed(self.device, *self.counters)
         for number, batch in enumerate(self.batches.epoch(progress.batch, self.ranks), start=progress.batch):
             if progress.stopped:
-                return False
+                return
             self.tell("on_batch_begin", number)
             batch = self.load(batch, number)
             x_adv = self.perturb(batch, number)
@@ -256,7 +257,6 @@ class TrainingLoop:
                 where = f"epoch {progress.epoch}, batch {number}"
                 raise explained(error, where, learning_rate, self.options.criticality_weight) from None
         self.history.epochs.append(make_record(progress, self.stage, learning_rate))
-        return True
 
     def load(self, batch: Batch, number: int) -> Batch:
         """Move a batch to the device, augment it, and set its memory format."""

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.optim import lr_scheduler as torch_schedulers
@@ -13,6 +14,9 @@ from torch.optim import lr_scheduler as torch_schedulers
 from art_clat.config import FitOptions
 
 logger = logging.getLogger(__name__)
+
+#: What the optimiser's groups began with, for schedulers that do not note it there, as torch's others do.
+_began_with: WeakKeyDictionary[object, list[object]] = WeakKeyDictionary()
 
 #: A factor of the learning rate below which nothing is trained any more.
 NOTHING = 1e-8
@@ -303,6 +307,12 @@ def state_of(scheduler: Any) -> dict[str, Any] | None:
         settings = {name: value for name, value in vars(scheduler).items() if name not in ("optimizer", "lr_scheduler")}
         return {**settings, "lr_scheduler": inner.state_dict(), "restore_lr": scheduler.restore_lr}
     return state
+
+
+def initial_rates(scheduler: object, optimizer: torch.optim.Optimizer) -> list[object]:
+    """Return the learning rate of each group before the scheduler's first step."""
+    rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+    return rates if _plateau(scheduler) is None else _began_with.setdefault(scheduler, rates)
 
 
 def _is_timm(scheduler: object) -> bool:
