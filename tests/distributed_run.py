@@ -13,7 +13,7 @@ from conftest import NB_CLASSES, Chain, ForeignBatchNorm, Normed, make_attack, m
 from torch import nn
 from torchvision.transforms import v2
 
-from art_clat import AdversarialTrainerCLATPyTorch, LayerOptions, PerformanceOptions, SelectionOptions
+from art_clat import AdversarialTrainerCLATPyTorch, Callback, CSVLog, LayerOptions, PerformanceOptions, SelectionOptions
 from art_clat.training import checkpoint
 from art_clat.utils.processes import Ranks, _leave
 
@@ -28,7 +28,7 @@ CONFIGURATIONS = {
         },
         {},
     ),
-    "a share of odd batches, several layers": ({"ratio": 0.6, "budget": 0.5}, {"batch_size": 15}),
+    "a share of odd batches, several layers": ({"ratio": 0.6, "budget": 0.5}, {"batch_size": 15, "max_grad_norm": 0.3}),
     # Not TRADES: its attack begins where the gradient is near zero, so rounding decides the sign.
     "rivals": (
         {"first_stage": "mart", "objective": "mart", "selection": "module_robustness_highest", "ema_decay": 0.8},
@@ -103,6 +103,8 @@ def refuse(output):
         "other momentum": lambda: fit(make_trainer_with(momentum=rank)),
         "checkpoint of one only": lambda: fit(trainer, checkpoint=f"{folder}/x" if rank == 0 else None),
         "folder of one only": lambda: fit(make_trainer(seed=None), checkpoint=f"{folder}/y", nb_epochs=2),
+        "callbacks of one only": lambda: fit(trainer, callbacks=[StopInOne()] if rank else []),
+        "resume of one only": lambda: fit(make_trainer(), resume=rank == 0),
         "ignored class": lambda: fit(make_trainer_with(loss=nn.CrossEntropyLoss(ignore_index=0))),
         "loss with parameters": lambda: fit(make_trainer_with(loss=LearningLoss())),
         "norm without statistics": lambda: fit(make_trainer_with(model=with_norm(nn.BatchNorm2d, False))),
@@ -206,6 +208,27 @@ def unequal_passes():
     return len(trainer.history.epochs)
 
 
+class StopInOne(Callback):
+    """Stops the run within its fourth epoch, in one process only."""
+
+    def on_batch_end(self, event):
+        return "stop" if event.rank == 1 and (event.epoch, event.batch) == (3, 1) else None
+
+
+def stop(output):
+    """Stop a run with all that is decided from batch to batch, and go on with it."""
+    trainer, log = make_trainer(ema_decay=0.8), CSVLog(f"{output}-log-{os.environ['RANK']}.csv")
+    settings = {"scheduler": plateau(trainer), "max_grad_norm": 0.5, "resume": True}
+    fit(trainer, callbacks=[StopInOne(), log], **settings)
+    stopped = outcome(trainer)
+    fit(trainer, callbacks=[Callback(), log], nb_epochs=4, **settings)
+    return {"stopped": stopped, "outcome": outcome(trainer), "log": log.path.exists()}
+
+
+def plateau(trainer):
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(trainer.classifier.optimizer, mode="max", patience=0)
+
+
 def threads_left():
     """Count gloo's threads after the process group was left, while the trainer still exists."""
     _leave()
@@ -239,6 +262,7 @@ def main():
         "refuse": lambda: refuse(output),
         "hooks": lambda: hooks_left(output),
         "unequal": unequal_passes,
+        "stop": lambda: stop(output),
     }
     result = tasks[task]()
     with open(f"{output}-{rank}.json", "w") as file:

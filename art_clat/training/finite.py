@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -52,11 +55,15 @@ class FiniteGuard:
         raise FloatingPointError(f"The {what} is not finite")
 
 
-def explained(
-    error: FloatingPointError, where: str, learning_rate: float, criticality_weight: float
-) -> FloatingPointError:
-    """Return the error of a :class:`FiniteGuard` with the place in the run and what to do."""
-    return FloatingPointError(
-        f"{error} in {where}. The last finite weights are restored. Probably the learning rate (now {learning_rate:g}) "
-        f"or `criticality_weight` ({criticality_weight:g}) is too large: use a smaller one."
-    )
+@contextmanager
+def explained(optimizer: torch.optim.Optimizer, where: str, criticality_weight: float) -> Iterator[None]:
+    """Say in the error of a :class:`FiniteGuard` where in the run it came, and what to do."""
+    learning_rate = float(optimizer.param_groups[0]["lr"])
+    try:
+        yield
+    except FloatingPointError as error:
+        optimizer.state.clear()  # it may not be finite either
+        raise FloatingPointError(
+            f"{error} in {where}. The last finite weights are restored. Probably the learning rate (now "
+            f"{learning_rate:g}) or `criticality_weight` ({criticality_weight:g}) is too large: use a smaller one."
+        ) from None

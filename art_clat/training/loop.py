@@ -238,24 +238,22 @@ class TrainingLoop:
             batch = self.load(batch, number)
             x_adv = self.perturb(batch, number)
             learning_rate = float(self.optimizer.param_groups[0]["lr"])
-            try:
+            place = f"epoch {progress.epoch}, batch {number}", self.options.criticality_weight
+            with explained(self.optimizer, *place):
                 loss = self.step(batch, x_adv, number)
-                if self.keeper.average is not None:
-                    self.keeper.average.update(self._batches_before(number))
-                sums.add(loss, self.classifier.one_hot(batch.y).argmax(dim=1))
-                self.schedule.after_batch(self._batches_before(number + 1))
-                self.tell("on_batch_end", number, loss)
-                is_last = number + 1 == self.batches.nb_batches
-                if is_last or progress.stopped or self.keeper.is_due(number + 1):
+            if self.keeper.average is not None:
+                self.keeper.average.update(self._batches_before(number))
+            sums.add(loss, self.classifier.one_hot(batch.y).argmax(dim=1))
+            self.schedule.after_batch(self._batches_before(number + 1))
+            self.tell("on_batch_end", number, loss)
+            is_last = number + 1 == self.batches.nb_batches
+            if is_last or progress.stopped or self.keeper.is_due(number + 1):
+                with explained(self.optimizer, *place):
                     self.guard.after_step(look=True)
-                    progress.batch, progress.seconds = number + 1, time.perf_counter() - start
-                    progress.sums = sums.take(progress.sums, self.ranks)
-                    if not is_last:
-                        self.keeper.save(progress)
-            except FloatingPointError as error:
-                self.optimizer.state.clear()  # it may not be finite either
-                where = f"epoch {progress.epoch}, batch {number}"
-                raise explained(error, where, learning_rate, self.options.criticality_weight) from None
+                progress.batch, progress.seconds = number + 1, time.perf_counter() - start
+                progress.sums = sums.take(progress.sums, self.ranks)
+                if not is_last:
+                    self.keeper.save(progress)
         self.history.epochs.append(make_record(progress, self.stage, learning_rate))
 
     def load(self, batch: Batch, number: int) -> Batch:

@@ -270,3 +270,12 @@ def test_early_stopping_of_the_guide():
     robust = [record.robust_accuracy for record in full[0].history.epochs]
     last = next(epoch for epoch in range(12) if epoch - int(np.argmax(robust[: epoch + 1])) >= 2)
     assert len(run[0].history.epochs) == last + 1 < 12
+
+
+def test_an_error_of_a_callback_is_not_taken_for_one_of_the_training():
+    def fail(moment, event):
+        if moment == "on_batch_end":
+            raise FloatingPointError("mine")
+
+    with pytest.raises(FloatingPointError, match="^mine$"):
+        fit(make(), 1, callbacks=[listening(fail)])
