@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -52,11 +55,15 @@ class FiniteGuard:
         raise FloatingPointError(f"The {what} is not finite")
 
 
-def explained(
-    error: FloatingPointError, epoch: int, batch: int, *, learning_rate: float, weight: float
-) -> FloatingPointError:
-    """Return an error of :class:`FiniteGuard` that says where it happened, and what to do."""
-    return FloatingPointError(
-        f"{error} in epoch {epoch}, batch {batch}. The last finite weights are restored. Probably the learning rate "
-        f"(now {learning_rate:g}) or `criticality_weight` ({weight:g}) is too large: use a smaller one."
-    )
+@contextmanager
+def explained(optimizer: torch.optim.Optimizer, where: str, criticality_weight: float) -> Iterator[None]:
+    """Say in the error of a :class:`FiniteGuard` where in the run it came, and what to do."""
+    learning_rate = float(optimizer.param_groups[0]["lr"])
+    try:
+        yield
+    except FloatingPointError as error:
+        optimizer.state.clear()  # it may not be finite either
+        raise FloatingPointError(
+            f"{error} in {where}. The last finite weights are restored. Probably the learning rate (now "
+            f"{learning_rate:g}) or `criticality_weight` ({criticality_weight:g}) is too large: use a smaller one."
+        ) from None
