@@ -22,6 +22,7 @@ from torchvision.transforms import v2
 from art_clat import AdversarialTrainerCLATPyTorch, LayerOptions, TrainingLoop
 from art_clat.training import checkpoint, description
 from art_clat.training.history import EpochRecord
+from art_clat.training.keeper import Keeper
 from art_clat.training.state import pack, unpack
 from art_clat.utils import files
 from art_clat.utils.files import read, write
@@ -364,7 +365,7 @@ class TestBest:
             assert_equal(again.classifier.model.state_dict(), trainer.classifier.model.state_dict())
 
     def test_is_the_first_of_equals(self, chain):
-        keeper = checkpoint.Keeper(chain, keeps_best=True)
+        keeper = Keeper(chain, keeps_best=True)
         for epoch, accuracy in enumerate((0.1, 0.5, 0.5)):
             chain.first.bias.data.fill_(epoch)
             record = EpochRecord(
