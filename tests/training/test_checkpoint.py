@@ -20,7 +20,7 @@ from torch.optim import lr_scheduler as lr
 from torchvision.transforms import v2
 
 from art_clat import AdversarialTrainerCLATPyTorch, LayerOptions, TrainingLoop
-from art_clat.training import checkpoint, description
+from art_clat.training import description
 from art_clat.training.history import EpochRecord
 from art_clat.training.keeper import Keeper
 from art_clat.training.state import pack, unpack
