@@ -173,6 +173,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         #: The record of the latest ``fit``.
         self.history = History()
         self._kept: dict[str, Any] | None = {}  # what `resume=True` goes on with; None after a call without it
+        self._said: set[str] = set()  # warnings that are not repeated when `fit` is called again
 
     @property
     def ratio(self) -> float:
@@ -300,7 +301,13 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
             attacks = check_attacks(self.attacks, estimator)
             keeper = make_keeper(estimator, attacks, options=self.options, data=data, kept=kept, **parts)
             loop = self.loop_class(
-                estimator=estimator, attacks=attacks, options=self.options, batches=batches, keeper=keeper, **parts
+                estimator=estimator,
+                attacks=attacks,
+                options=self.options,
+                batches=batches,
+                keeper=keeper,
+                said=self._said,
+                **parts,
             )
             with torch.enable_grad(), keeper.held():
                 loop.prepare()

@@ -42,11 +42,15 @@ def check_training_output(classifier: TensorClassifier, x: torch.Tensor, options
         classifier.check_output(x, mode="training")
 
 
-def warn_before_a_run(options: TrainerOptions, attacks: Sequence[TensorAttack], fit: FitOptions, ranks: Ranks) -> None:
+def warn_before_a_run(
+    options: TrainerOptions, attacks: Sequence[TensorAttack], fit: FitOptions, ranks: Ranks, said: set[str]
+) -> None:
     """Let the first process warn about what is allowed, but is probably not what the user wants."""
     if ranks.rank > 0:
         return
-    if options.warmup >= fit.nb_epochs and not fit.resume:
+    never = f"CLAT never begins: {options.warmup}, {fit.nb_epochs}"
+    if options.warmup >= fit.nb_epochs and not fit.resume and never not in said:
+        said.add(never)
         logger.warning(
             "`warmup` (%d) is not below `nb_epochs` (%d): the whole run is plain adversarial training, and CLAT never "
             "begins. Use more epochs or a smaller `warmup`; to train an epoch at a time, pass `resume=True` and "

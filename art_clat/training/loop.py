@@ -36,7 +36,7 @@ from art_clat.training.setup import draw_seed, nb_measured, restored_model
 from art_clat.training.stage import EpochSums, Stage, make_record
 from art_clat.training.strength import begin_reuse
 from art_clat.training.validation import measure_accuracies
-from art_clat.training.watch import FirstBatches, warn_about_still_layers
+from art_clat.training.watch import Watch
 from art_clat.utils.batch import Batch
 from art_clat.utils.processes import Ranks
 from art_clat.utils.progress import epoch_bar
@@ -61,6 +61,7 @@ class TrainingLoop:
     :param schedule: What steps the learning rate.
     :param keeper: Saves the run, keeps the best epoch, and holds the average of the weights.
     :param ranks: The processes that train together.
+    :param said: What the trainer has warned of in earlier runs, and need not say again.
     """
 
     estimator: PyTorchClassifier
@@ -72,6 +73,7 @@ class TrainingLoop:
     schedule: Schedule
     keeper: Keeper
     ranks: Ranks
+    said: set[str] = field(default_factory=set)
 
     progress: Progress = field(init=False)
     stage: Stage = field(init=False)
@@ -85,6 +87,7 @@ class TrainingLoop:
         self.measuring_attack = TensorAttack(self.attacks[0], self.measured_classifier)
         self._trainable = {p for p in self.estimator._model.parameters() if p.requires_grad}
         self.callbacks = Callbacks(self.fit.callbacks, self.ranks, self.device)
+        self.watch = Watch(self.measured_classifier, self.ranks)
         self._freezing = ExitStack()
 
     @property
@@ -116,11 +119,11 @@ class TrainingLoop:
             level = level if self.ranks.rank == 0 else logging.DEBUG
             logger.log(level, "The run in the checkpoint %s; the classifier gets its weights.", state)
         self.ranks.check_same({"the checkpoint": (*self.counters, self.progress.batch)}, self.device)
-        warn_before_a_run(self.options, self.training_attacks, self.fit, self.ranks)
+        warn_before_a_run(self.options, self.training_attacks, self.fit, self.ranks, self.said)
         with seeded_randomness(self.progress.seed, self.device):
-            check_training_output(self.classifier, self.batches.example(), self.options)
             self.sample = self.batches.sample(nb_measured(self.options, self.attacks, self.batches), self.ranks)
             self.layers = self.classifier.find_layers(self.batches.example(), self.options.layers)
+            check_training_output(self.classifier, self.batches.example(), self.options)
         shared = (self.batches, self.keeper, self.ranks)
         self.meter = begin_reuse(self.options, self.training_attacks, *shared, self.progress, self.fit, self.sample)
         self.eligible = eligible_layers(self.layers, head_eligible=self.options.layers.head_eligible)
@@ -186,11 +189,10 @@ class TrainingLoop:
             objective = cls(self.classifier, None, cls.default_weight)
         else:
             self.freeze(chosen)
-            warn_about_still_layers(self.measured_classifier, chosen, self.sample[0], ranks=self.ranks)
             cls, weight = find_objective(self.options.objective), self.options.criticality_weight
             objective = cls(self.classifier, chosen, weight)
+            self.watch.begin(chosen, objective, self.sample[0])
         self.stage = Stage.begin(chosen, objective, self.ranks)
-        self.first_batches = FirstBatches(objective)
 
     def freeze(self, chosen: list[Layer]) -> None:
         """Freeze everything outside the chosen layers, and drop the optimiser's state of what is frozen."""
@@ -303,7 +305,7 @@ class TrainingLoop:
         self.guard.before_step(loss.loss)
         # Gradients are averaged over processes, but their parts of a batch may differ by one sample.
         (loss.loss * (self.ranks.size * len(batch) / batch.part.total)).backward()
-        self.first_batches.add(loss, warns=self.ranks.rank == 0)
+        self.watch.add(loss)
         if self.fit.max_grad_norm is not None:
             stepped = [p for group in self.optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(stepped, self.fit.max_grad_norm)
