@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from art_clat.config import RuleLike
 from art_clat.selection.candidates import Candidates
 from art_clat.selection.choice import check_names
 from art_clat.utils.checks import check_choice
+from art_clat.utils.weights import put_back
 
 #: A function that returns one score a layer, in execution order. The eligible layers with the highest scores are
 #: chosen, as many as the budget allows. Infinity chooses a layer whatever the budget, NaN and minus infinity never do.
@@ -101,7 +101,7 @@ def _loss_rises(candidates: Candidates) -> list[float]:
             rises.append(math.nan)
             continue
         parameters = [p for p in layer.parameters() if p.ndim > 1] or layer.parameters()
-        with _put_back(parameters) as originals, torch.no_grad():
+        with put_back(parameters) as originals, torch.no_grad():
             radius, highest = MODULE_RADIUS * _length(originals), before
             for _ in range(MODULE_STEPS):
                 with torch.enable_grad():
@@ -190,18 +190,6 @@ def _fixed(names: Sequence[str]) -> SelectionRule:
         return [math.inf if layer.name in names else -math.inf for layer in candidates.layers]
 
     return fixed
-
-
-@contextmanager
-def _put_back(parameters: Sequence[torch.nn.Parameter]) -> Iterator[list[torch.Tensor]]:
-    """Yield copies of parameters, and write these back on leaving."""
-    originals = [parameter.detach().clone() for parameter in parameters]
-    try:
-        yield originals
-    finally:
-        with torch.no_grad():
-            for parameter, original in zip(parameters, originals, strict=True):
-                parameter.copy_(original)
 
 
 def _length(tensors: Sequence[torch.Tensor]) -> float:

@@ -161,7 +161,7 @@ class TrainingLoop:
             self.freeze(chosen)
             cls, weight = find_objective(self.options.objective), self.options.criticality_weight
             objective = cls(self.classifier, chosen, weight)
-        self.stage = Stage.begin(chosen, objective, self.ranks)
+        self.stage = Stage.begin(chosen, objective, self.ranks, self.options.weight_perturbation)
 
     def freeze(self, chosen: list[Layer]) -> None:
         """Freeze everything outside the chosen layers, and drop the optimiser's state of what is frozen."""
@@ -228,9 +228,11 @@ class TrainingLoop:
                         self.keeper.save(progress)
             except FloatingPointError as error:
                 self.optimizer.state.clear()  # it may not be finite either
+                gamma = self.stage.weight_perturbation
+                also = f", `weight_perturbation` ({gamma:g})" if gamma else ""
                 raise FloatingPointError(
                     f"{error} in epoch {progress.epoch}, batch {number}. The last finite weights are restored. "
-                    f"Probably the learning rate (now {learning_rate:g}) or `criticality_weight` "
+                    f"Probably the learning rate (now {learning_rate:g}){also} or `criticality_weight` "
                     f"({self.options.criticality_weight:g}) is too large: use a smaller one."
                 ) from None
         self.history.epochs.append(make_record(progress, self.stage, learning_rate))
@@ -258,10 +260,8 @@ class TrainingLoop:
         if self.ranks.size > 1:  # each process drops other units
             reseed(self.device, *self.counters, number, 0, self.ranks.rank)
         self.optimizer.zero_grad()
-        loss = self.stage.loss(batch, x_adv)
+        loss = self.stage.differentiate(batch, x_adv)
         self.guard.before_step(loss.loss)
-        # Gradients are averaged over processes, but their parts of a batch may differ by one sample.
-        (loss.loss * (self.ranks.size * len(batch) / batch.part.total)).backward()
         self.optimizer.step()
         self.guard.after_step()
         return loss

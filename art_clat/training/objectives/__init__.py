@@ -9,7 +9,7 @@ from art_clat.training.objectives.base import (
     register_objective,
 )
 from art_clat.training.objectives.clat import AdversarialCLAT, CleanCLAT, RelativeCLAT, SingleStepCLAT
-from art_clat.training.objectives.rivals import MART, TRADES, AdversarialTraining
+from art_clat.training.objectives.rivals import MART, TRADES, AdversarialTraining, AdversarialWeightPerturbation
 
 __all__ = [
     "MART",
@@ -17,6 +17,7 @@ __all__ = [
     "TRADES",
     "AdversarialCLAT",
     "AdversarialTraining",
+    "AdversarialWeightPerturbation",
     "BatchLoss",
     "CleanCLAT",
     "Objective",
