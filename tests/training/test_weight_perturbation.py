@@ -100,7 +100,7 @@ def test_one_epoch_equals_the_authors_procedure(make, options, trained):
 
 
 def test_statistics_of_batch_norms_move_once():
-    model = Normed()
+    model = Normed().eval()  # as a user may hand it over
     fit(make_trainer(model, warmup=1, first_stage="awp"))
     assert int(model.bn1.num_batches_tracked) == 3
 
