@@ -219,6 +219,11 @@ class TrainerOptions:
         if self.seed is not None:
             check_seed(self.seed)
 
+    def chooses_before(self, epoch: int) -> bool:
+        """Return whether layers are chosen before an epoch."""
+        rounds, rest = divmod(epoch - self.warmup, self.reselect_every)
+        return rounds >= 0 and rest == 0
+
     def describe(self) -> dict[str, Any]:
         """Return the options as JSON can hold them; a function becomes its ``repr`` without the address."""
         return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}

@@ -104,7 +104,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         :param ratio: The share of each batch to perturb, in (0, 1].
         :param warmup: Number of epochs of adversarial training of the whole network at the beginning of ``fit``. At 0
                the network should already be adversarially trained.
-        :param first_stage: What the warm-up minimises: ``"pgd_at"``, ``"trades"``, ``"mart"`` or ``"awp"``.
+        :param first_stage: What the warm-up minimises: ``"pgd_at"``, ``"trades"``, ``"mart"``, ``"awp"`` or ``"fgsm_rs"``.
         :param objective: What the second stage minimises over the chosen layers: a name of
                :func:`art_clat.list_objectives`, or `None` for the preset's. ``"adversarial"``: cross-entropy and
                feature distance on the attack's examples. ``"clean"``: eq. 5 and 6 to the letter.

@@ -52,7 +52,7 @@ def test_an_objective_has_a_default_weight(chain):
     weights = {name: make_trainer(chain, objective=name).options.criticality_weight for name in list_objectives()}
     assert weights == {
         "adversarial": 0.02, "clean": 0.05, "clean_single_step": 0.05, "relative": 1.0, "pgd_at": 0.0, "trades": 6.0,
-        "mart": 5.0, "awp": 0.0,
+        "mart": 5.0, "awp": 0.0, "fgsm_rs": 0.0,
     }  # fmt: skip
     assert make_trainer(chain, objective="clean", criticality_weight=0).options.criticality_weight == 0
 
@@ -102,7 +102,7 @@ def test_the_trainer_names_the_argument_with_a_bad_value(chain, options, error, 
 
 def test_lists_of_names():
     assert list_objectives()[0] == "adversarial" and list_selection_rules()[0] == "criticality"
-    assert list_objectives(first_stage=True) == ["pgd_at", "trades", "mart", "awp"]
+    assert list_objectives(first_stage=True) == ["pgd_at", "trades", "mart", "awp", "fgsm_rs"]
 
 
 def test_repr_of_the_trainer(chain):

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -25,6 +25,14 @@ from art_clat.utils.weights import load_weights, named_tensors, weights
 LAYOUT = 2
 
 
+class Holder(Protocol):
+    """What holds tensors that a checkpoint saves; their names are the network's, or there are none."""
+
+    def state(self) -> dict[str, torch.Tensor]: ...
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None: ...
+
+
 @dataclass
 class Progress:
     """
@@ -36,6 +44,8 @@ class Progress:
     :param sums: Sums over the samples of the epoch so far, by name.
     :param seconds: Seconds of training in the epoch so far.
     :param chosen: Names of the layers that are trained; `None` for the whole network.
+    :param attack_steps: Steps of the inner attack of an objective that is watched for catastrophic overfitting.
+    :param best_checked: The highest accuracy under PGD that was measured while watching, in [0, 1].
     :param history: The record so far.
     """
 
@@ -45,6 +55,8 @@ class Progress:
     sums: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     chosen: list[str] | None = None
+    attack_steps: int = 1
+    best_checked: float = 0.0
     history: History = field(default_factory=History)
 
     def begin_epoch(self, epoch: int) -> None:
@@ -93,6 +105,8 @@ class Checkpoint:
         average: Average | None = None,
     ) -> None:
         self._average = average
+        #: Holds the last good weights while it watches for catastrophic overfitting; `None` if nothing does.
+        self.guard: Holder | None = None
         self.last, self.best = Path(folder) / "last.safetensors", Path(folder) / "best.safetensors"
         self._model = model
         self._optimizer = optimizer
@@ -128,11 +142,16 @@ class Checkpoint:
             optimizer, scheduler = (_unpacked(content[name], tensors) for name in ("optimizer", "scheduler"))
             record = History.from_json(json.dumps(content["progress"]["history"]))
             progress = Progress(**{**content["progress"], "history": record})
-            averages = {n.removeprefix("average:"): t for n, t in tensors.items() if n.startswith("average:")}
-            names = {name for name in tensors if not name.startswith(("optimizer:", "average:"))}
+            averages, good = (
+                {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+                for prefix in ("average:", "good:")
+            )
+            names = {name for name in tensors if not name.startswith(("optimizer:", "average:", "good:"))}
             expected = named_tensors(self._model).keys()
             if names != expected or (self._average is not None and averages.keys() != expected):
                 raise KeyError("weights")
+            if self.guard is not None and good:
+                self.guard.load(good)
         except (KeyError, TypeError, AttributeError) as error:  # the checksum is right, but the content is not a run's
             raise ValueError(f"`checkpoint`: {self.last} does not hold a run: {error!r}.") from error
         load_weights(self._model, tensors)
@@ -154,6 +173,8 @@ class Checkpoint:
         tensors = weights(self._model)
         if self._average is not None:
             tensors |= {f"average:{name}": tensor for name, tensor in self._average.state().items()}
+        if self.guard is not None:
+            tensors |= {f"good:{name}": tensor for name, tensor in self.guard.state().items()}
         content = {
             "layout": LAYOUT,
             "description": self._description,
@@ -242,6 +263,11 @@ class Keeper:
         if progress is not None:
             self._best = best
         return progress
+
+    def hold(self, guard: Holder) -> None:
+        """Save and resume the weights that a guard holds, too; call it before :meth:`resume`."""
+        if self._checkpoint is not None:
+            self._checkpoint.guard = guard
 
     def is_due(self, batch: int) -> bool:
         """

@@ -38,6 +38,8 @@ class EpochRecord:
            `ratio` is below 1. `None` if the objective's logits are clean.
     :param clean_accuracy: Accuracy on the validation data, in [0, 1]; `None` without them.
     :param robust_accuracy: The same under the trainer's first attack.
+    :param attack_steps: Number of steps of ``"fgsm_rs"`` at the end of the epoch: 1, and twice as many each time it was
+           caught in catastrophic overfitting. `None` for other objectives.
     """
 
     epoch: int
@@ -51,6 +53,7 @@ class EpochRecord:
     train_robust_accuracy: float | None
     clean_accuracy: float | None = None
     robust_accuracy: float | None = None
+    attack_steps: int | None = None
 
     def summary(self) -> dict[str, str]:
         """Return what a progress bar shows: the loss, and accuracies, those of validation if there are any."""

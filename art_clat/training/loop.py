@@ -30,6 +30,7 @@ from art_clat.training.description import configuration
 from art_clat.training.finite import FiniteGuard
 from art_clat.training.history import History, SelectionRecord
 from art_clat.training.objectives import BatchLoss, find_objective
+from art_clat.training.overfitting import OverfittingGuard
 from art_clat.training.stage import EpochSums, Stage, make_record
 from art_clat.training.validation import measure_accuracies
 from art_clat.utils.batch import Batch
@@ -81,6 +82,9 @@ class TrainingLoop:
         self.measuring_attack = TensorAttack(self.attacks[0], self.measured_classifier)
         self._trainable = {p for p in self.estimator._model.parameters() if p.requires_grad}
         self._freezing = ExitStack()
+        self.overfitting = OverfittingGuard(
+            self.measuring_attack, self.batches, self.options, self.fit.nb_epochs, self.optimizer, self.keeper.average
+        )
 
     @property
     def history(self) -> History:
@@ -99,6 +103,7 @@ class TrainingLoop:
         :raises ValueError: If the checkpoint is of another run, or layers, budget and optimiser do not fit together.
         """
         drawn = self.draw_seed()
+        self.keeper.hold(self.overfitting)
         resumed = self.keeper.resume()
         said = {"nb_epochs": self.fit.nb_epochs, **self.batches.describe()}
         made_with = configuration(self.estimator, self.options, self.attacks, self.scheduler, said)
@@ -149,8 +154,7 @@ class TrainingLoop:
 
     def selection_is_due(self) -> bool:
         """Return whether layers are chosen before the next batch."""
-        rounds, rest = divmod(self.progress.epoch - self.options.warmup, self.options.reselect_every)
-        return rounds >= 0 and rest == 0 and self.progress.batch == 0
+        return self.options.chooses_before(self.progress.epoch) and self.progress.batch == 0
 
     def begin_stage(self, chosen: list[Layer] | None) -> None:
         """Begin to train the chosen layers alone, or the whole network (`None`)."""
@@ -162,6 +166,7 @@ class TrainingLoop:
             cls, weight = find_objective(self.options.objective), self.options.criticality_weight
             objective = cls(self.classifier, chosen, weight)
         self.stage = Stage.begin(chosen, objective, self.ranks, self.options.weight_perturbation)
+        self.overfitting.begin(objective, self.progress, self.sample)
 
     def freeze(self, chosen: list[Layer]) -> None:
         """Freeze everything outside the chosen layers, and drop the optimiser's state of what is frozen."""
@@ -264,6 +269,8 @@ class TrainingLoop:
         self.guard.before_step(loss.loss)
         self.optimizer.step()
         self.guard.after_step()
+        if self.overfitting.catches(self.progress, number):
+            self.guard.after_step(look=True)  # it remembers the weights that were put back
         return loss
 
     def end_epoch(self) -> None:

@@ -154,4 +154,5 @@ def make_record(progress: Progress, stage: Stage, learning_rate: float) -> Epoch
         seconds=progress.seconds,
         train_clean_accuracy=None if robust else means["accuracy"],
         train_robust_accuracy=means["accuracy"] if robust else None,
+        attack_steps=stage.objective.nb_steps,
     )

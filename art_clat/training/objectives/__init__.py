@@ -9,7 +9,13 @@ from art_clat.training.objectives.base import (
     register_objective,
 )
 from art_clat.training.objectives.clat import AdversarialCLAT, CleanCLAT, RelativeCLAT, SingleStepCLAT
-from art_clat.training.objectives.rivals import MART, TRADES, AdversarialTraining, AdversarialWeightPerturbation
+from art_clat.training.objectives.rivals import (
+    MART,
+    TRADES,
+    AdversarialTraining,
+    AdversarialWeightPerturbation,
+    SingleStepTraining,
+)
 
 __all__ = [
     "MART",
@@ -23,6 +29,7 @@ __all__ = [
     "Objective",
     "RelativeCLAT",
     "SingleStepCLAT",
+    "SingleStepTraining",
     "find_objective",
     "list_objectives",
     "register_objective",

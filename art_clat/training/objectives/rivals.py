@@ -1,4 +1,4 @@
-"""Adversarial training without a feature distance: PGD-AT, TRADES, MART and AWP."""
+"""Adversarial training without a feature distance: PGD-AT, TRADES, MART, AWP and FGSM-RS."""
 
 from __future__ import annotations
 
@@ -98,6 +98,31 @@ class AdversarialWeightPerturbation(AdversarialTraining):
     """
 
     weight_perturbation = 0.01
+
+
+#: Summed length of FGSM-RS's steps, in units of ε.
+REACH = 1.25
+
+
+@register_objective("fgsm_rs")
+class SingleStepTraining(AdversarialTraining):
+    """
+    PGD-AT with a single step of 1.25·ε from a random start in the ball (FGSM-RS, Wong et al., arXiv 2001.03994).
+
+    It takes the ball from the trainer's attack. The network is attacked in evaluation mode, as everywhere here; the
+    authors' code attacks it in training mode. :class:`art_clat.training.overfitting.OverfittingGuard` watches it: after
+    catastrophic overfitting the attack makes 2, 4 or 8 steps, of 1.25·ε together.
+    """
+
+    nb_steps = 1
+
+    @classmethod
+    def has_inner_loss(cls) -> bool:
+        return True  # the ball must be known, although the loss is the attack's
+
+    def perturb(self, attack: TensorAttack, batch: Batch) -> torch.Tensor:
+        assert self.nb_steps is not None
+        return attack.in_few_steps(batch, self.nb_steps, reach=REACH)
 
 
 def _divergence(clean: torch.Tensor, perturbed: torch.Tensor) -> torch.Tensor:
