@@ -175,6 +175,7 @@ _DEFAULT = {"objective": "adversarial", "selection": "criticality", "weight_pert
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "default": _DEFAULT,
     "paper": {**_DEFAULT, "objective": "clean", "freeze_norms": False},
+    "safer": {**_DEFAULT, "objective": "pgd_at", "selection": "sharpness", "weight_perturbation": 0.01},
 }
 
 

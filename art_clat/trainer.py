@@ -104,7 +104,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         :param ratio: The share of each batch to perturb, in (0, 1].
         :param warmup: Number of epochs of adversarial training of the whole network at the beginning of ``fit``. At 0
                the network should already be adversarially trained.
-        :param first_stage: What the warm-up minimises: ``"pgd_at"``, ``"trades"``, ``"mart"``, ``"awp"`` or ``"fgsm_rs"``.
+        :param first_stage: The warm-up's objective: ``"pgd_at"``, ``"trades"``, ``"mart"``, ``"awp"`` or ``"fgsm_rs"``.
         :param objective: What the second stage minimises over the chosen layers: a name of
                :func:`art_clat.list_objectives`, or `None` for the preset's. ``"adversarial"``: cross-entropy and
                feature distance on the attack's examples. ``"clean"``: eq. 5 and 6 to the letter.
@@ -129,7 +129,8 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
                equals the layer's weights. `None` for no average.
         :param performance: Mixed precision, compilation and memory format, :class:`art_clat.PerformanceOptions`.
         :param preset: Sets what is `None`. ``"default"``: ``"adversarial"``, ``"criticality"``, γ = 0, norms frozen.
-               ``"paper"``: ``"clean"``, norms of chosen layers trained.
+               ``"paper"``: ``"clean"``, norms of chosen layers trained. ``"safer"``: ``"pgd_at"``, ``"sharpness"``,
+               γ = 0.01 (SAFER, arXiv 2501.01529).
         :param seed: Seed of the data order, the attacks and dropout, 0 … 2**32 − 1. `None` draws one from NumPy's
                global generator, so that ``np.random.seed`` makes a run repeatable, as with ART's trainers.
         :raises TypeError: If `classifier` is not a ``PyTorchClassifier``, `attacks` are not evasion attacks, or an

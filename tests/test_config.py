@@ -42,6 +42,14 @@ def make_trainer(chain, **options):
             },
         ),
         ({"preset": "paper"}, {"objective": "clean", "layers": LayerOptions(freeze_norms=False)}),
+        (
+            {"preset": "safer"},
+            {"objective": "pgd_at", "selection": "sharpness", "weight_perturbation": 0.01, "reselect_every": 10},
+        ),
+        (
+            {"preset": "safer", "selection": "random", "weight_perturbation": 0},
+            {"objective": "pgd_at", "selection": "random"},
+        ),
     ],
 )
 def test_shorthand_equals_the_full_options(chain, short, whole):
@@ -89,7 +97,7 @@ def test_options_name_the_argument_with_a_bad_value(make, error, match):
     ("options", "error", "match"),
     [
         ({"performance": {"amp": True}}, TypeError, "`performance` must be a PerformanceOptions, got {'amp': True}"),
-        ({"preset": "clat"}, ValueError, "`preset` must be one of 'default', 'paper', got 'clat'"),
+        ({"preset": "clat"}, ValueError, "`preset` must be one of 'default', 'paper', 'safer', got 'clat'"),
         ({"objective": "pgd"}, ValueError, "`objective` must be one of 'adversarial', .*, got 'pgd'"),
         ({"first_stage": "adversarial"}, ValueError, "`first_stage` must be one of 'pgd_at', 'trades', 'mart'"),
         ({"selection": "worst"}, ValueError, "`selection` must be one of 'criticality', .*, got 'worst'"),

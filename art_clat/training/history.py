@@ -234,7 +234,7 @@ class History:
         return ax
 
 
-_MEASURES = ("weakness", "criticality", "relative_error", "relative_criticality")
+_MEASURES = ("weakness", "criticality", "relative_error", "relative_criticality", "rms_criticality")
 _LOSSES = ("loss", "cross_entropy", "criticality_loss", "learning_rate", "seconds")
 
 
@@ -272,7 +272,11 @@ def _finite(value: Any) -> Any:
 
 
 #: Rules whose scores are indices: at 1 a layer passes a perturbation on unchanged.
-_INDICES = {"criticality": "criticality index $C_i$", "relative_criticality": "relative criticality index"}
+_INDICES = {
+    "criticality": "criticality index $C_i$",
+    "criticality_rms": "criticality index, root mean square",
+    "relative_criticality": "relative criticality index",
+}
 
 
 @dataclass(frozen=True)
