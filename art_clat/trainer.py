@@ -21,6 +21,7 @@ from art_clat.config import (
     Granularity,
     LayerOptions,
     PerformanceOptions,
+    ReuseOptions,
     RuleLike,
     SelectionOptions,
     TrainerOptions,
@@ -32,12 +33,13 @@ from art_clat.models.tensor_classifier import TensorClassifier
 from art_clat.selection.rules import as_rule
 from art_clat.training.averaging import Average
 from art_clat.training.checkpoint import Keeper
-from art_clat.training.checks import check_inner_attacks, check_scheduler, check_validation
+from art_clat.training.checks import check_inner_attacks, check_loss, check_scheduler, check_validation
 from art_clat.training.data import ArrayBatches, GeneratorBatches
 from art_clat.training.history import History
 from art_clat.training.loop import TrainingLoop
 from art_clat.training.objectives import find_objective
 from art_clat.training.setup import make_keeper
+from art_clat.utils.checks import check_not_in_inference_mode
 from art_clat.utils.processes import Ranks
 
 Arrays = tuple[npt.NDArray[np.floating], npt.NDArray[np.generic]]
@@ -90,6 +92,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         layers: LayerOptions | Granularity = "layer",
         augmentation: Callable[[torch.Tensor], torch.Tensor] | None = None,
         ema_decay: float | None = None,
+        reuse_perturbations: ReuseOptions | int | str | None = None,
         performance: PerformanceOptions = PerformanceOptions(),
         preset: str = "default",
         seed: int | None = None,
@@ -127,6 +130,10 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         :param ema_decay: Average the weights over the steps of training with this decay, in (0, 1), e.g. 0.99. The
                average is validated, and the network ends with it. The average of a frozen layer keeps moving until it
                equals the layer's weights. `None` for no average.
+        :param reuse_perturbations: Begin each attack of the second stage where the last epoch's attack on the image
+               ended, and make so many steps of ε/2, at least 1; :class:`art_clat.ReuseOptions` also sets their size. An
+               image's first visit runs the full attack. `None`: the full attack in every epoch. ``"auto"``: one step
+               if perturbations can be reused, otherwise the full attack, and the log says why.
         :param performance: Mixed precision, compilation and memory format, :class:`art_clat.PerformanceOptions`.
         :param preset: Sets what is `None`. ``"default"``: ``"adversarial"``, ``"criticality"``, γ = 0, norms frozen.
                ``"paper"``: ``"clean"``, norms of chosen layers trained. ``"safer"``: ``"pgd_at"``, ``"sharpness"``,
@@ -155,6 +162,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
             **from_preset,
             augmentation=augmentation,
             ema_decay=ema_decay,
+            reuse_perturbations=ReuseOptions.of(reuse_perturbations),
             performance=performance,
             seed=seed,
         )
@@ -293,8 +301,11 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
 
     def _run(self, **parts: Any) -> None:
         """Run the training loop; its record is kept even if it raises."""
+        check_not_in_inference_mode("fit")
+        check_loss(self._classifier)
         attacks = check_attacks(self.attacks, self._classifier)
         loop = self.loop_class(estimator=self._classifier, attacks=attacks, options=self.options, **parts)
-        loop.prepare()
-        self.history = loop.history
-        loop.run()
+        with torch.enable_grad(), loop.keeper.held():
+            loop.prepare()
+            self.history = loop.history
+            loop.run()

@@ -6,13 +6,15 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import nn
 
 from art_clat.training.averaging import Average
@@ -120,6 +122,11 @@ class Checkpoint:
         :raises OSError: If the folder cannot be written to.
         """
         prepare(self.last.parent)
+
+    @property
+    def identity(self) -> str:
+        """What names the run in other files of the folder."""
+        return hashlib.sha256(json.dumps(self._description, sort_keys=True).encode()).hexdigest()[:32]
 
     def resume(self) -> Progress | None:
         """
@@ -243,7 +250,8 @@ class Keeper:
         self._checkpoint = checkpoint
         self._every = every
         self._keeps_best = keeps_best
-        self._writes = writes
+        #: Whether this process writes files.
+        self.writes = writes
         self._best: Best | None = None
 
     def resume(self) -> Progress | None:
@@ -252,12 +260,9 @@ class Keeper:
 
         :return: Where the run is; `None` if it is a new one.
         :raises ValueError: As :meth:`Checkpoint.resume`.
-        :raises OSError: As :meth:`Checkpoint.prepare`, before anything is changed.
         """
         if self._checkpoint is None:
             return None
-        if self._writes:
-            self._checkpoint.prepare()
         best = self._checkpoint.load_best()
         progress = self._checkpoint.resume()
         if progress is not None:
@@ -268,6 +273,41 @@ class Keeper:
         """Save and resume the weights that a guard holds, too; call it before :meth:`resume`."""
         if self._checkpoint is not None:
             self._checkpoint.guard = guard
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """
+        Keep other runs out of the checkpoint's folder in this context. A killed process holds it no longer.
+
+        :raises ValueError: If another run writes to it.
+        :raises OSError: As :meth:`Checkpoint.prepare`.
+        """
+        if self._checkpoint is None or not self.writes:
+            yield
+            return
+        self._checkpoint.prepare()
+        folder = self._checkpoint.last.parent
+        lock = FileLock(folder / "run.lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            raise ValueError(
+                f"`checkpoint`: another run is writing to {folder}. Wait for its end, or use another folder."
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @property
+    def folder(self) -> Path | None:
+        """The checkpoint's folder; `None` if nothing is saved."""
+        return None if self._checkpoint is None else self._checkpoint.last.parent
+
+    @property
+    def identity(self) -> str:
+        """What names the run in other files of the checkpoint's folder; empty if nothing is saved."""
+        return "" if self._checkpoint is None else self._checkpoint.identity
 
     def is_due(self, batch: int) -> bool:
         """
@@ -283,7 +323,7 @@ class Keeper:
 
         :param progress: Where the run is.
         """
-        if self._checkpoint is not None and self._writes:
+        if self._checkpoint is not None and self.writes:
             self._checkpoint.save(progress)
 
     def consider(self, record: EpochRecord) -> None:
@@ -296,7 +336,7 @@ class Keeper:
         if not self._keeps_best or robust is None or (self._best is not None and robust <= self._best.robust_accuracy):
             return
         self._best = Best(record.epoch, robust, weights(self._model))
-        if self._checkpoint is not None and self._writes:
+        if self._checkpoint is not None and self.writes:
             self._checkpoint.save_best(self._best)
 
     def restore_best(self) -> None:

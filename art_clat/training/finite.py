@@ -50,3 +50,14 @@ class FiniteGuard:
             for good, tensor in zip(self._good, self._tensors, strict=True):
                 tensor.copy_(good)
         raise FloatingPointError(f"The {what} is not finite")
+
+
+def explained(
+    error: FloatingPointError, epoch: int, batch: int, *, lr: float, weight: float, gamma: float = 0.0
+) -> FloatingPointError:
+    """Return an error of :class:`FiniteGuard` that says where it happened, and what to do; γ is AWP's in the stage."""
+    also = f", `weight_perturbation` ({gamma:g})" if gamma else ""
+    return FloatingPointError(
+        f"{error} in epoch {epoch}, batch {batch}. The last finite weights are restored. Probably the learning rate "
+        f"(now {lr:g}){also} or `criticality_weight` ({weight:g}) is too large: use a smaller one."
+    )

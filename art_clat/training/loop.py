@@ -6,7 +6,8 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,16 +24,21 @@ from art_clat.selection.budget import check_budget
 from art_clat.selection.candidates import Candidates
 from art_clat.selection.choice import check_names, choose, eligible_layers
 from art_clat.selection.rules import as_rule
+from art_clat.training.augmentation import augment, check_augmented
 from art_clat.training.checkpoint import Keeper, Progress
-from art_clat.training.checks import check_optimizer_trains
-from art_clat.training.data import Batches, augment
+from art_clat.training.checks import check_optimizer_trains, check_training_output, warn_before_a_run
+from art_clat.training.data import Batches
 from art_clat.training.description import configuration
-from art_clat.training.finite import FiniteGuard
+from art_clat.training.finite import FiniteGuard, explained
 from art_clat.training.history import History, SelectionRecord
 from art_clat.training.objectives import BatchLoss, find_objective
 from art_clat.training.overfitting import OverfittingGuard
+from art_clat.training.reuse import make_reuse
+from art_clat.training.setup import nb_measured
 from art_clat.training.stage import EpochSums, Stage, make_record
+from art_clat.training.strength import StrengthMeter
 from art_clat.training.validation import measure_accuracies
+from art_clat.training.watch import FirstBatches, warn_about_still_layers
 from art_clat.utils.batch import Batch
 from art_clat.utils.modes import restored_modes
 from art_clat.utils.processes import Ranks
@@ -82,9 +88,7 @@ class TrainingLoop:
         self.measuring_attack = TensorAttack(self.attacks[0], self.measured_classifier)
         self._trainable = {p for p in self.estimator._model.parameters() if p.requires_grad}
         self._freezing = ExitStack()
-        self.overfitting = OverfittingGuard(
-            self.measuring_attack, self.batches, self.options, self.fit.nb_epochs, self.optimizer, self.keeper.average
-        )
+        self.overfitting = OverfittingGuard(self.measuring_attack, self.batches, self.options, self.fit, self.keeper)
 
     @property
     def history(self) -> History:
@@ -103,7 +107,6 @@ class TrainingLoop:
         :raises ValueError: If the checkpoint is of another run, or layers, budget and optimiser do not fit together.
         """
         drawn = self.draw_seed()
-        self.keeper.hold(self.overfitting)
         resumed = self.keeper.resume()
         said = {"nb_epochs": self.fit.nb_epochs, **self.batches.describe()}
         made_with = configuration(self.estimator, self.options, self.attacks, self.scheduler, said)
@@ -114,9 +117,14 @@ class TrainingLoop:
             state = "is finished" if epoch >= last else f"resumes at epoch {epoch}"
             logger.info("The run in the checkpoint %s; the classifier gets its weights.", state)
         self.ranks.check_same({"the checkpoint": (*self.counters, self.progress.batch)}, self.device)
+        if self.ranks.rank == 0:
+            warn_before_a_run(self.options, self.training_attacks, self.fit.nb_epochs)
         with seeded_randomness(self.progress.seed, self.device):
-            self.sample = self.batches.sample(self.options.selection.samples, self.ranks)
+            if self.options.warmup:
+                check_training_output(self.classifier, self.batches.example())
+            self.sample = self.batches.sample(nb_measured(self.options, self.attacks, self.batches), self.ranks)
             self.layers = self.classifier.find_layers(self.batches.example(), self.options.layers)
+        self.begin_reuse()
         self.eligible = eligible_layers(self.layers, head_eligible=self.options.layers.head_eligible)
         rule = self.options.selection.rule
         check_names(rule, self.eligible)
@@ -131,7 +139,7 @@ class TrainingLoop:
         :raises FloatingPointError: If the loss or its gradient is not finite.
         """
         with self.restored_model():
-            self.keeper.save(self.progress)  # refuses a scheduler that cannot be saved before any work
+            self.save()  # refuses a scheduler that cannot be saved before any work
             names = self.progress.chosen
             self.begin_stage(None if names is None else [layer for layer in self.layers if layer.name in names])
             if self.keeper.average is not None and not self.is_resumed:
@@ -163,10 +171,12 @@ class TrainingLoop:
             objective = cls(self.classifier, None, cls.default_weight)
         else:
             self.freeze(chosen)
+            warn_about_still_layers(self.measured_classifier, chosen, self.sample[0], ranks=self.ranks)
             cls, weight = find_objective(self.options.objective), self.options.criticality_weight
             objective = cls(self.classifier, chosen, weight)
         self.stage = Stage.begin(chosen, objective, self.ranks, self.options.weight_perturbation)
-        self.overfitting.begin(objective, self.progress, self.sample)
+        self.first_batches = FirstBatches(objective)
+        self.overfitting.begin(objective, self.progress)
 
     def freeze(self, chosen: list[Layer]) -> None:
         """Freeze everything outside the chosen layers, and drop the optimiser's state of what is frozen."""
@@ -230,16 +240,11 @@ class TrainingLoop:
                     progress.batch, progress.seconds = number + 1, time.perf_counter() - start
                     progress.sums = sums.take(progress.sums, self.ranks)
                     if not is_last:
-                        self.keeper.save(progress)
+                        self.save()
             except FloatingPointError as error:
                 self.optimizer.state.clear()  # it may not be finite either
-                gamma = self.stage.weight_perturbation
-                also = f", `weight_perturbation` ({gamma:g})" if gamma else ""
-                raise FloatingPointError(
-                    f"{error} in epoch {progress.epoch}, batch {number}. The last finite weights are restored. "
-                    f"Probably the learning rate (now {learning_rate:g}){also} or `criticality_weight` "
-                    f"({self.options.criticality_weight:g}) is too large: use a smaller one."
-                ) from None
+                weight, gamma = self.options.criticality_weight, self.stage.weight_perturbation
+                raise explained(error, progress.epoch, number, lr=learning_rate, weight=weight, gamma=gamma) from None
         self.history.epochs.append(make_record(progress, self.stage, learning_rate))
 
     def load(self, batch: Batch, number: int) -> Batch:
@@ -247,8 +252,9 @@ class TrainingLoop:
         batch = batch.to(self.device)
         if self.options.augmentation is not None:
             batch = augment(self.options.augmentation, batch, *self.counters, number)
+            check_augmented(batch.x, self.classifier.clip_values, number)
         if self.options.performance.channels_last and batch.x.ndim == 4:
-            batch = Batch(batch.x.contiguous(memory_format=torch.channels_last), batch.y, batch.part)
+            batch = replace(batch, x=batch.x.contiguous(memory_format=torch.channels_last))
         return batch
 
     def attack_for(self, number: int) -> TensorAttack:
@@ -257,8 +263,32 @@ class TrainingLoop:
 
     def perturb(self, batch: Batch, number: int) -> torch.Tensor:
         """Perturb the share `ratio` of batch `number`; seed and epoch set its random numbers too."""
+        objective, attack = self.stage.objective, self.attack_for(number)
+        inner = partial(objective.perturb, attack)
+        if self.reuse is not None and self.stage.chosen is not None:
+            seed, epoch = self.counters
+            if self.meter.is_due(epoch, number, self.history.strengths):
+                images, first = self.load(self.meter.images, number), self.training_attacks[0]
+                record = self.meter.measure(objective, first, images, seed=seed, epoch=epoch)
+                self.history.strengths += [] if record is None else [record]
+            stamp = self._batches_before(number) + 1
+            inner = partial(self.reuse.perturb, objective, attack, seed=seed, epoch=epoch, stamp=stamp)
         reseed(self.device, *self.counters, number)
-        return self.stage.perturb(self.attack_for(number), batch, self.options.ratio)
+        return self.stage.perturb(inner, batch, self.options.ratio)
+
+    def begin_reuse(self) -> None:
+        """Find out whether attacks go on from the last epoch's, and load what a resumed run has found."""
+        self.reuse = None
+        if self.fit.nb_epochs > max(self.options.warmup, self.progress.epoch):
+            self.reuse = make_reuse(self.options, self.training_attacks, self.batches, self.keeper, self.ranks)
+        if self.reuse is not None:
+            self.meter = StrengthMeter.begin(self.reuse, self.sample, self._batches_before(self.progress.batch))
+
+    def save(self) -> None:
+        """Save the run; all processes must call this."""
+        if self.reuse is not None:
+            self.reuse.save(self._batches_before(self.progress.batch))
+        self.keeper.save(self.progress)
 
     def step(self, batch: Batch, x_adv: torch.Tensor, number: int) -> BatchLoss:
         """Make one step of the optimiser on the objective."""
@@ -267,10 +297,10 @@ class TrainingLoop:
         self.optimizer.zero_grad()
         loss = self.stage.differentiate(batch, x_adv)
         self.guard.before_step(loss.loss)
+        self.first_batches.add(loss, warns=self.ranks.rank == 0)
         self.optimizer.step()
         self.guard.after_step()
-        if self.overfitting.catches(self.progress, number):
-            self.guard.after_step(look=True)  # it remembers the weights that were put back
+        self.overfitting.check(self.progress, number, self.guard)
         return loss
 
     def end_epoch(self) -> None:
@@ -282,7 +312,9 @@ class TrainingLoop:
                 self.history.add_validation(*self.validate())
                 self.keeper.consider(self.history.epochs[-1])
         self.progress.begin_epoch(self.progress.epoch + 1)
-        self.keeper.save(self.progress)
+        self.save()
+        if self.reuse is not None:
+            self.meter.begin_epoch()
         logger.debug("%s", self.history.epochs[-1])
 
     def validate(self) -> tuple[float, float]:

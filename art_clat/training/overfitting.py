@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from art_clat.attacks.tensor_attack import TensorAttack
-from art_clat.config import TrainerOptions
-from art_clat.training.averaging import Average, Snapshot
-from art_clat.training.checkpoint import Progress
+from art_clat.config import FitOptions, TrainerOptions
+from art_clat.training.averaging import Snapshot
+from art_clat.training.checkpoint import Keeper, Progress
 from art_clat.training.data import Batches
+from art_clat.training.finite import FiniteGuard
 from art_clat.training.objectives import Objective
 from art_clat.training.objectives.rivals import REACH
 from art_clat.utils.batch import Batch
@@ -46,9 +48,8 @@ class OverfittingGuard:
     :param attack: Gives the ball, and the classifier that is measured.
     :param batches: The training data.
     :param options: The trainer's options.
-    :param nb_epochs: Number of epochs of the run.
-    :param optimizer: Its state is dropped when weights are put back.
-    :param average: The average of the weights, which then begins anew; or `None`.
+    :param fit: The options of ``fit``.
+    :param keeper: Saves the last good weights. Its average begins anew when they are put back.
     """
 
     def __init__(
@@ -56,28 +57,26 @@ class OverfittingGuard:
         attack: TensorAttack,
         batches: Batches,
         options: TrainerOptions,
-        nb_epochs: int,
-        optimizer: torch.optim.Optimizer,
-        average: Average | None,
+        fit: FitOptions,
+        keeper: Keeper,
     ) -> None:
         self._attack = attack
         self._batches = batches
         self._options = options
-        self._nb_epochs = nb_epochs
-        self._optimizer = optimizer
-        self._average = average
+        self._fit = fit
+        self._average = keeper.average
+        keeper.hold(self)
         self._objective: Objective | None = None
         self._good: Snapshot | None = None
         self._is_loaded = False
         self._sample: list[Batch] = []
 
-    def begin(self, objective: Objective, progress: Progress, sample: Sequence[Batch]) -> None:
+    def begin(self, objective: Objective, progress: Progress) -> None:
         """
         Begin to watch a stage, or nothing if its objective does not ask for it.
 
         :param objective: What is trained; its attack gets the number of steps reached so far.
         :param progress: Where the run is.
-        :param sample: Training samples, of which the first are checked.
         """
         if objective.nb_steps is not None:
             objective.nb_steps = progress.attack_steps
@@ -85,7 +84,10 @@ class OverfittingGuard:
             self._objective, self._good = None, None
             return
         self._objective = objective
-        self._sample = first_samples(sample, NB_CHECKED)
+        if not self._sample:
+            classifier = self._attack.classifier
+            with seeded_randomness(progress.seed, classifier.device):
+                self._sample = first_samples(self._batches.sample(NB_CHECKED, classifier.ranks), NB_CHECKED)
         if self._is_loaded:  # the run is resumed within this stage
             self._is_loaded = False
             return
@@ -93,23 +95,24 @@ class OverfittingGuard:
         chance = 1 / self._attack.classifier.nb_classes
         progress.best_checked = max(self._accuracies(progress)[1], chance)
 
-    def catches(self, progress: Progress, number: int) -> bool:
+    def check(self, progress: Progress, number: int, finite: FiniteGuard) -> None:
         """
         Check the network if it is time. If it has overfitted, put the last good weights back and raise the steps.
 
         :param progress: Where the run is.
         :param number: Number within the epoch of the batch that was trained last.
-        :return: Whether weights were put back.
+        :param finite: Remembers the weights that are put back.
         """
         if self._objective is None or self._good is None or not self._is_due(progress.epoch, number + 1):
-            return False
+            return
         trained, strong = self._accuracies(progress)
         if strong >= progress.best_checked / 2 or trained <= strong + 0.2:
             progress.best_checked = max(progress.best_checked, strong)
             self._good.take()
-            return False
+            return
         self._good.apply()
-        self._optimizer.state.clear()  # its momentum is that of the weights that are gone
+        finite.after_step(look=True)
+        self._attack.classifier.estimator.optimizer.state.clear()  # its momentum is that of the weights that are gone
         if self._average is not None:
             self._average.begin()
         before, progress.attack_steps = progress.attack_steps, 2 * progress.attack_steps
@@ -124,12 +127,11 @@ class OverfittingGuard:
         self._objective.nb_steps = progress.attack_steps
         if progress.attack_steps >= MANY_STEPS:
             self._objective, self._good = None, None
-        return True
 
     def _is_due(self, epoch: int, trained: int) -> bool:
         """Return whether to check after so many batches of an epoch: every few of the run, and when a stage ends."""
         nb_batches, following = self._batches.nb_batches, epoch + 1
-        if trained == nb_batches and (following == self._nb_epochs or self._options.chooses_before(following)):
+        if trained == nb_batches and (following == self._fit.nb_epochs or self._options.chooses_before(following)):
             return True
         number = sum(batch.part.total for batch in self._sample)
         return (epoch * nb_batches + trained) % math.ceil(TRAINED_PER_CHECKED * number / self._batches.batch_size) == 0
@@ -169,5 +171,5 @@ def first_samples(batches: Sequence[Batch], number: int) -> list[Batch]:
         places = torch.arange(batch.part.total)[batch.part.mine]
         here = int((places < total).sum())
         if total:
-            kept.append(Batch(batch.x[:here], batch.y[:here], Part(total, places[:here])))
+            kept.append(replace(batch.take(torch.arange(here)), part=Part(total, places[:here])))
     return kept

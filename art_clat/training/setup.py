@@ -12,9 +12,13 @@ from art_clat.config import FitOptions, TrainerOptions
 from art_clat.training.averaging import Average
 from art_clat.training.checkpoint import Checkpoint, Keeper, fingerprint_of_state
 from art_clat.training.checks import check_loss_learns_nothing, check_shareable
+from art_clat.training.data import Batches
 from art_clat.training.description import describe
 from art_clat.utils.descriptions import fingerprint, flattened
 from art_clat.utils.processes import Ranks
+
+#: Training samples that a selection measures at most, unless the user has said how many.
+MOST_MEASURED = 1024
 
 #: Inputs and labels, on the CPU.
 Tensors = tuple[torch.Tensor, torch.Tensor]
@@ -65,3 +69,17 @@ def make_keeper(
         keeps_best=fit.restore_best or has_checkpoint,
         writes=ranks.rank == 0,
     )
+
+
+def nb_measured(options: TrainerOptions, attacks: Sequence[EvasionAttack], batches: Batches) -> int:
+    """
+    Return on how many training samples a selection measures.
+
+    Unless the user has said how many, it takes at most a third of an epoch's time. A step of an attack takes two
+    forward passes, the measurement another two, an update about three.
+    """
+    if options.selection.samples is not None:
+        return options.selection.samples
+    steps = max(1, int(getattr(attacks[0], "max_iter", 1)))
+    in_an_epoch = steps if options.reuse_perturbations is None else min(steps, options.reuse_perturbations.steps)
+    return max(1, min(MOST_MEASURED, batches.nb_samples * (2 * in_an_epoch + 3) // (3 * (2 * steps + 2))))
