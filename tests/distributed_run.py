@@ -46,6 +46,8 @@ CONFIGURATIONS = {
         {"first_stage": "mart", "objective": "mart", "selection": "module_robustness_highest", "ema_decay": 0.8},
         {},
     ),
+    "single steps, watched": ({"first_stage": "fgsm_rs"}, {}),
+    "weights perturbed in both stages": ({"first_stage": "awp", "weight_perturbation": 0.05, "ema_decay": 0.8}, {}),
     "two attacks, one through NumPy": ({"numpy": True, "norm": ForeignBatchNorm}, {"drop_last": True}),
 }
 

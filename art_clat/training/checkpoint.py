@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -27,6 +27,14 @@ from art_clat.utils.weights import load_weights, named_tensors, weights
 LAYOUT = 2
 
 
+class Holder(Protocol):
+    """What holds tensors that a checkpoint saves; their names are the network's, or there are none."""
+
+    def state(self) -> dict[str, torch.Tensor]: ...
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None: ...
+
+
 @dataclass
 class Progress:
     """
@@ -38,6 +46,8 @@ class Progress:
     :param sums: Sums over the samples of the epoch so far, by name.
     :param seconds: Seconds of training in the epoch so far.
     :param chosen: Names of the layers that are trained; `None` for the whole network.
+    :param attack_steps: Steps of the inner attack of an objective that is watched for catastrophic overfitting.
+    :param best_checked: The highest accuracy under PGD that was measured while watching, in [0, 1].
     :param history: The record so far.
     :param stopped: Whether a callback ended the run.
     :param planned: Number of epochs that it was asked for when it was saved; `None` if it was not.
@@ -49,6 +59,8 @@ class Progress:
     sums: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     chosen: list[str] | None = None
+    attack_steps: int = 1
+    best_checked: float = 0.0
     history: History = field(default_factory=History)
     stopped: bool = False
     planned: int | None = None
@@ -112,6 +124,8 @@ class Checkpoint:
         average: Average | None = None,
     ) -> None:
         self._average = average
+        #: Holds the last good weights while it watches for catastrophic overfitting; `None` if nothing does.
+        self.guard: Holder | None = None
         self.last, self.best = Path(folder) / "last.safetensors", Path(folder) / "best.safetensors"
         self._model = model
         self._optimizer = optimizer
@@ -154,11 +168,16 @@ class Checkpoint:
             record = History.from_json(json.dumps(content["progress"]["history"]))
             planned = content["description"]["nb_epochs"]
             progress = Progress(**{**content["progress"], "history": record, "planned": planned})
-            averages = {n.removeprefix("average:"): t for n, t in tensors.items() if n.startswith("average:")}
-            names = {name for name in tensors if not name.startswith(("optimizer:", "average:"))}
+            averages, good = (
+                {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+                for prefix in ("average:", "good:")
+            )
+            names = {name for name in tensors if not name.startswith(("optimizer:", "average:", "good:"))}
             expected = named_tensors(self._model).keys()
             if names != expected or (self._average is not None and averages.keys() != expected):
                 raise KeyError("weights")
+            if self.guard is not None and good:
+                self.guard.load(good)
         except (KeyError, TypeError, AttributeError) as error:  # the checksum is right, but the content is not a run's
             raise ValueError(f"`checkpoint`: {self.last} does not hold a run: {error!r}.") from error
         self._check_nb_epochs(progress, planned)
@@ -180,6 +199,8 @@ class Checkpoint:
         tensors = weights(self._model)
         if self._average is not None:
             tensors |= {f"average:{name}": tensor for name, tensor in self._average.state().items()}
+        if self.guard is not None:
+            tensors |= {f"good:{name}": tensor for name, tensor in self.guard.state().items()}
         content = {
             "layout": LAYOUT,
             "description": self._description,

@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from art_clat.training.averaging import Average
-from art_clat.training.checkpoint import Best, Checkpoint, Memory, Progress
+from art_clat.training.checkpoint import Best, Checkpoint, Holder, Memory, Progress
 from art_clat.training.history import EpochRecord
 from art_clat.utils.weights import load_weights, weights
 
@@ -62,6 +62,11 @@ class Keeper:
         if progress is not None:
             self._best = best
         return progress
+
+    def hold(self, guard: Holder) -> None:
+        """Save and resume the weights that a guard holds, too; call it before :meth:`resume`."""
+        if self._checkpoint is not None:
+            self._checkpoint.guard = guard
 
     @contextmanager
     def held(self) -> Iterator[None]:

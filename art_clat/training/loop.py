@@ -31,6 +31,7 @@ from art_clat.training.finite import FiniteGuard, explained
 from art_clat.training.history import History, SelectionRecord
 from art_clat.training.keeper import Keeper
 from art_clat.training.objectives import BatchLoss, find_objective
+from art_clat.training.overfitting import OverfittingGuard
 from art_clat.training.schedule import Schedule
 from art_clat.training.setup import draw_seed, nb_measured, restored_model
 from art_clat.training.stage import EpochSums, Stage, make_record
@@ -89,6 +90,7 @@ class TrainingLoop:
         self.callbacks = Callbacks(self.fit.callbacks, self.ranks, self.device)
         self.watch = Watch(self.measured_classifier, self.ranks)
         self._freezing = ExitStack()
+        self.overfitting = OverfittingGuard(self.measuring_attack, self.batches, self.options, self.fit, self.keeper)
 
     @property
     def history(self) -> History:
@@ -178,9 +180,8 @@ class TrainingLoop:
     def selection_is_due(self) -> bool:
         """Return whether layers are chosen before the next batch."""
         epoch, made = self.progress.epoch, self.history.selections
-        rounds, rest = divmod(epoch - self.options.warmup, self.options.reselect_every)
         is_made = bool(made) and made[-1].epoch == epoch  # a run may be stopped after it, and go on
-        return rounds >= 0 and rest == 0 and self.progress.batch == 0 and not is_made
+        return self.options.chooses_before(epoch) and self.progress.batch == 0 and not is_made
 
     def begin_stage(self, chosen: list[Layer] | None) -> None:
         """Begin to train the chosen layers alone, or the whole network (`None`)."""
@@ -192,7 +193,8 @@ class TrainingLoop:
             cls, weight = find_objective(self.options.objective), self.options.criticality_weight
             objective = cls(self.classifier, chosen, weight)
             self.watch.begin(chosen, objective, self.sample[0])
-        self.stage = Stage.begin(chosen, objective, self.ranks)
+        self.stage = Stage.begin(chosen, objective, self.ranks, self.options.weight_perturbation)
+        self.overfitting.begin(objective, self.progress)
 
     def freeze(self, chosen: list[Layer]) -> None:
         """Freeze everything outside the chosen layers, and drop the optimiser's state of what is frozen."""
@@ -247,7 +249,7 @@ class TrainingLoop:
             x_adv = self.perturb(batch, number)
             learning_rate = float(self.optimizer.param_groups[0]["lr"])
             place = f"epoch {progress.epoch}, batch {number}", self.options.criticality_weight
-            with explained(self.optimizer, *place):
+            with explained(self.optimizer, *place, self.stage.weight_perturbation):
                 loss = self.step(batch, x_adv, number)
             if self.keeper.average is not None:
                 self.keeper.average.update(self._batches_before(number))
@@ -256,7 +258,7 @@ class TrainingLoop:
             self.tell("on_batch_end", number, loss)
             is_last = number + 1 == self.batches.nb_batches
             if is_last or progress.stopped or self.keeper.is_due(number + 1):
-                with explained(self.optimizer, *place):
+                with explained(self.optimizer, *place, self.stage.weight_perturbation):
                     self.guard.after_step(look=True)
                 progress.batch, progress.seconds = number + 1, time.perf_counter() - start
                 progress.sums = sums.take(progress.sums, self.ranks)
@@ -301,16 +303,15 @@ class TrainingLoop:
         if self.ranks.size > 1:  # each process drops other units
             reseed(self.device, *self.counters, number, 0, self.ranks.rank)
         self.optimizer.zero_grad()
-        loss = self.stage.loss(batch, x_adv)
+        loss = self.stage.differentiate(batch, x_adv)
         self.guard.before_step(loss.loss)
-        # Gradients are averaged over processes, but their parts of a batch may differ by one sample.
-        (loss.loss * (self.ranks.size * len(batch) / batch.part.total)).backward()
         self.watch.add(loss)
         if self.fit.max_grad_norm is not None:
             stepped = [p for group in self.optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(stepped, self.fit.max_grad_norm)
         self.optimizer.step()
         self.guard.after_step()
+        self.overfitting.check(self.progress, number, self.guard)
         return loss
 
     def end_epoch(self) -> None:
