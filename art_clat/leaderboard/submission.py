@@ -167,6 +167,7 @@ def write_submission(
             data_dir=submission.data_dir,
             nb_examples=evaluation.report.nb_examples,
             preprocessing=evaluation.preprocessing,
+            **{name: evaluation.about["data"].get(name) for name in ("class_order", "class_map")},
         )
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".submission-") as apart:
@@ -254,6 +255,7 @@ def _write_network(
         nb_classes=data.nb_classes,
         input_size=size,
         checkpoint=submission.checkpoint or evaluation.about["model"].get("checkpoint"),
+        weights=evaluation.about["model"].get("weights"),
     )
     if not isinstance(network, nn.Module):
         raise ValueError(f"`run`: {evaluation.model} returns an ART classifier; RobustBench needs the network alone.")

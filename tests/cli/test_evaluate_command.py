@@ -30,7 +30,8 @@ def test_from_a_model_to_the_files(tmp_path):
     assert first.returncode == 0, first.stderr[-2000:]
     told = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
     assert told["eps"] == 0.16 and told["data"]["shape"] == [12, 2, 6, 6] and told["versions"]["torch"]
-    assert told["model"] == {"name": "evaluation_run:trained", "checkpoint": None} and told["transfer_from"] is None
+    assert told["model"] == {"name": "evaluation_run:trained", "checkpoint": None, "weights": None}
+    assert told["transfer_from"] is None
     assert told["batch_size"] == 5 and told["processes"] == 1 and "CPU cores" in told["machine"] and told["date"]
     assert told["command"].startswith("art-clat evaluate --model evaluation_run:trained")
     assert f"AutoAttack (standard)   {100 * told['autoattack_accuracy']:6.2f} %" in first.stdout

@@ -72,7 +72,7 @@ def test_image_folder(tmp_path):
     with pytest.raises(ValueError, match="9.png has 5×7 pixels, .*0.png has 5×6"):
         load_data(str(tmp_path))
     assert load_data(str(tmp_path), preprocessing="Res224").x.shape == (13, 3, 224, 224)
-    with pytest.raises(ValueError, match="has 3 folders: labels are the folders' numbers"):
+    with pytest.raises(ValueError, match="has 3 classes: without a `class_map` labels are the folders' numbers"):
         load_data(str(tmp_path), nb_classes=4, preprocessing="Res224")
     (tmp_path / "fox" / "9.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"9\.png cannot be read as an image"):
