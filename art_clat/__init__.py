@@ -1,6 +1,6 @@
 """CLAT, Criticality-Leveraged Adversarial Training (arXiv 2408.10204), for the Adversarial Robustness Toolbox."""
 
-from art_clat.config import Budget, LayerOptions, PerformanceOptions, ReuseOptions, SelectionOptions
+from art_clat.config import Budget, FitOptions, LayerOptions, PerformanceOptions, ReuseOptions, SelectionOptions
 from art_clat.layers.layer import Layer
 from art_clat.leaderboard.entries import write_robustbench_entry
 from art_clat.models.backbones import create_backbone
@@ -12,6 +12,7 @@ from art_clat.selection.criticality import Criticality, LayerCriticality, measur
 from art_clat.selection.rules import list_selection_rules, register_selection_rule
 from art_clat.trainer import AdversarialTrainerCLATPyTorch
 from art_clat.training.augmentation import CropAndFlip
+from art_clat.training.callbacks import Callback, CSVLog, RunEvent, TensorBoardLog
 from art_clat.training.history import EpochRecord, History, SelectionRecord
 from art_clat.training.loop import TrainingLoop
 from art_clat.training.objectives import (
@@ -33,11 +34,14 @@ __all__ = [
     "Batch",
     "BatchLoss",
     "Budget",
+    "CSVLog",
+    "Callback",
     "Candidates",
     "CleanCLAT",
     "Criticality",
     "CropAndFlip",
     "EpochRecord",
+    "FitOptions",
     "History",
     "Layer",
     "LayerCriticality",
@@ -46,8 +50,10 @@ __all__ = [
     "PerformanceOptions",
     "ReuseOptions",
     "RobustnessReport",
+    "RunEvent",
     "SelectionOptions",
     "SelectionRecord",
+    "TensorBoardLog",
     "TrainingLoop",
     "TwoLogits",
     "create_backbone",

@@ -274,8 +274,21 @@ class TrainerOptions:
 @dataclass(frozen=True, kw_only=True)
 class FitOptions:
     """
-    The options of one call of ``fit``, which documents them.
+    The options of one call of ``fit``, which documents the first ones. Those below are its ``**kwargs``.
 
+    :param callbacks: What observes the run and may end it: a list of :class:`art_clat.Callback`, such as
+           :class:`art_clat.CSVLog` and :class:`art_clat.TensorBoardLog`.
+    :param validate_every: Validate after every so many epochs, at least 1, and after the last one in any case.
+    :param scheduler_step: ``"epoch"`` or ``"batch"``: after which of them `scheduler` is stepped. timm's schedulers
+           know it themselves, by their ``t_in_epochs``.
+    :param max_grad_norm: Scale the gradient of all parameters that are trained down to this ℓ2 norm, above 0, before
+           each step, as ``torch.nn.utils.clip_grad_norm_`` does. `None` not to.
+    :param resume: Go on with the run of this trainer's latest call, which also had ``resume=True``: with its weights,
+           momentum, average and history. `nb_epochs` counts the epochs of all calls, so calls with 1, 2, … 10 end with
+           the weights of a single call with 10. The first call begins the run. The other arguments must be the same. A
+           `checkpoint` goes on in any case, also in another process.
+    :param drop_last: Leave out the last batch of an epoch if it is smaller than the others.
+    :param verbose: Show a progress bar.
     :raises TypeError: If ``fit`` was given an option that it does not have.
     :raises ValueError: If an option is out of its range.
     """
@@ -285,15 +298,27 @@ class FitOptions:
     checkpoint: str | os.PathLike[str] | None = None
     checkpoint_every: int = 200
     restore_best: bool = False
+    callbacks: Sequence[Any] = ()
+    validate_every: int = 1
+    scheduler_step: str = "epoch"
+    max_grad_norm: float | None = None
+    resume: bool = False
     drop_last: bool = False
     verbose: bool = True
 
     def __post_init__(self) -> None:
-        for argument in ("batch_size", "nb_epochs", "checkpoint_every"):
+        for argument in ("batch_size", "nb_epochs", "checkpoint_every", "validate_every"):
             check_whole(getattr(self, argument), 1, argument=argument)
             object.__setattr__(self, argument, int(getattr(self, argument)))  # NumPy's numbers become Python's
-        for argument in ("restore_best", "drop_last", "verbose"):
+        for argument in ("restore_best", "resume", "drop_last", "verbose"):
             object.__setattr__(self, argument, bool(getattr(self, argument)))
+        if not isinstance(self.callbacks, (list, tuple)):
+            raise TypeError(f"`callbacks` must be a list of callbacks, got {type(self.callbacks).__name__}.")
+        check_choice(self.scheduler_step, ("epoch", "batch"), argument="scheduler_step")
+        if (norm := self.max_grad_norm) is not None:
+            if not is_number(norm) or not 0 < norm < float("inf"):
+                raise ValueError(f"`max_grad_norm` must be a finite number above 0, or None, got {norm!r}.")
+            object.__setattr__(self, "max_grad_norm", float(norm))
         folder = self.checkpoint
         if folder is not None and (not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder)):
             raise ValueError(f"`checkpoint` must be the path of a folder, or None, got {folder!r}.")
@@ -307,19 +332,29 @@ class FitOptions:
             )
         return cls(**given, **kwargs)
 
-    def check_data(self, nb_samples: int, *, has_validation: bool) -> None:
-        """Refuse options that do not fit the data."""
-        if self.drop_last and nb_samples < self.batch_size:
+    def check_data(self, nb_samples: int | None, *, has_validation: bool) -> None:
+        """Refuse options that do not fit the data; `nb_samples` is `None` for a generator."""
+        if self.drop_last and nb_samples is not None and nb_samples < self.batch_size:
             raise ValueError(
                 f"`drop_last` leaves no batch: `x` has {nb_samples} inputs, `batch_size` is {self.batch_size}. Use a "
                 "smaller `batch_size`."
             )
         if self.restore_best and not has_validation:
             raise ValueError("`restore_best` needs `validation_data`, on which the best epoch is found.")
+        if self.validate_every > 1 and not has_validation:
+            raise ValueError(f"`validate_every={self.validate_every}` needs `validation_data`.")
 
     def describe(self) -> dict[str, Any]:
         """Return the options that the result depends on, ready for JSON."""
-        return {"batch_size": self.batch_size, "nb_epochs": self.nb_epochs, "drop_last": bool(self.drop_last)}
+        return {
+            **{"batch_size": self.batch_size, "nb_epochs": self.nb_epochs, "drop_last": self.drop_last},
+            **self.describe_steps(),
+        }
+
+    def describe_steps(self) -> dict[str, Any]:
+        """Return how steps and validations depart from the defaults; runs of older versions had no such options."""
+        defaults = {"validate_every": 1, "scheduler_step": "epoch", "max_grad_norm": None}
+        return {name: getattr(self, name) for name, value in defaults.items() if getattr(self, name) != value}
 
 
 def preset_values(preset: str, layers: LayerOptions, **given: Any) -> dict[str, Any]:

@@ -31,19 +31,19 @@ from art_clat.layers.groups import find_groups
 from art_clat.models.checks import check_attacks, check_classifier, check_data
 from art_clat.models.tensor_classifier import TensorClassifier
 from art_clat.selection.rules import as_rule
-from art_clat.training.averaging import Average
-from art_clat.training.checkpoint import Keeper
-from art_clat.training.checks import check_inner_attacks, check_loss, check_scheduler, check_validation
-from art_clat.training.data import ArrayBatches, GeneratorBatches
+from art_clat.training.checks import check_inner_attacks, check_loss, check_validation
+from art_clat.training.data import ArrayBatches, Batches, GeneratorBatches
 from art_clat.training.history import History
 from art_clat.training.loop import TrainingLoop
 from art_clat.training.objectives import find_objective
+from art_clat.training.schedule import Schedule
 from art_clat.training.setup import make_keeper
 from art_clat.utils.checks import check_not_in_inference_mode
 from art_clat.utils.processes import Ranks
 
 Arrays = tuple[npt.NDArray[np.floating], npt.NDArray[np.generic]]
-Scheduler = torch.optim.lr_scheduler.LRScheduler
+#: One of torch's schedulers or of timm's, which have no base class in common.
+Scheduler = Any
 
 
 class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
@@ -172,6 +172,8 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         super().__init__(classifier, attack_list, ratio)
         #: The record of the latest ``fit``.
         self.history = History()
+        self._kept: dict[str, Any] | None = {}  # what `resume=True` goes on with; None after a call without it
+        self._said: set[str] = set()  # warnings that are not repeated when `fit` is called again
 
     @property
     def ratio(self) -> float:
@@ -196,7 +198,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         validation_data: Arrays | None = None,
         batch_size: int = 128,
         nb_epochs: int = 20,
-        scheduler: Scheduler | None = None,
+        scheduler: Scheduler = None,
         *,
         checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_every: int = 200,
@@ -206,19 +208,20 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         """
         Train a model adversarially with CLAT. See class documentation for more information on the exact procedure.
 
-        Every call counts its epochs from 0, warm-up included, and begins a new :attr:`history`, unless it resumes a run
-        from its `checkpoint`.
+        Every call counts its epochs from 0, warm-up included, and begins a new :attr:`history`, unless it goes on with
+        a run: that in its `checkpoint`, or with ``resume=True`` that of the latest call.
 
         :param x: Training set, shape (n, *input_shape), floating point, within the classifier's ``clip_values``; it is
                not modified.
         :param y: Index labels, shape (n,), or one-hot labels, shape (n, nb_classes).
         :param validation_data: Tuple (x_val, y_val). Clean accuracy, and robust accuracy under the first attack, are
-               recorded after every epoch. They do not influence the training.
+               recorded after every epoch. Only a `scheduler` that waits for a plateau lets them influence the training.
         :param batch_size: Size of batches, over all processes.
         :param nb_epochs: Number of epochs, those of the warm-up included.
-        :param scheduler: Learning rate scheduler of the classifier's optimiser, stepped at the end of every epoch.
+        :param scheduler: Learning rate scheduler of the classifier's optimiser, torch's or timm's, stepped after every
+               epoch or batch (``scheduler_step``). Those that wait for a plateau get the robust accuracy.
         :param checkpoint: Folder to save the run in. If it holds a run with the same arguments, model and data, that
-               run is resumed; on one processor it ends with the weights it would have had without the break. Resuming
+               run goes on to `nb_epochs`; on one processor it ends with the weights of a run without a break. Resuming
                cannot detect a changed function: after a change of a ``LambdaLR`` or the augmentation, use a new folder.
                Several processes must see the same folder. A loss with parameters is refused. An attack, augmentation or
                module that draws from its own random generator does not repeat its numbers.
@@ -226,12 +229,13 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
                saved after every epoch.
         :param restore_best: End with the weights of the epoch with the highest robust accuracy on `validation_data`
                instead of the last. With `checkpoint` they are kept as ``best.safetensors`` in any case.
-        :param kwargs: ``verbose``: show a progress bar (default `True`); ``drop_last``: leave out the last batch of an
-               epoch if it is smaller than the others (default `False`).
+        :param kwargs: Options that :class:`art_clat.FitOptions` documents: ``callbacks``, ``validate_every``,
+               ``scheduler_step``, ``max_grad_norm``, ``resume``, ``drop_last`` and ``verbose``.
         :raises TypeError: If `kwargs` holds another option, `scheduler` is no scheduler, or the state of scheduler or
                 optimiser cannot be saved without pickle.
         :raises ValueError: If the data are unusable, the optimiser does not hold a layer that may be chosen, the
-                network is compiled or recomputes activations, or `checkpoint` holds another run or a damaged file.
+                schedule does not fit the run, the network is compiled or recomputes activations, or `checkpoint` holds
+                another run or a damaged file.
         :raises OSError: If `checkpoint` cannot be written to.
         :raises FloatingPointError: If the loss or its gradient is not finite; the last finite weights are restored.
                 This is checked after every batch, on a GPU after every fiftieth.
@@ -239,33 +243,24 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         """
         fit = FitOptions.of(
             kwargs,
-            *("verbose", "drop_last"),
+            *("callbacks", "validate_every", "scheduler_step", "max_grad_norm", "resume", "drop_last", "verbose"),
             batch_size=batch_size,
             nb_epochs=nb_epochs,
             checkpoint=checkpoint,
             checkpoint_every=checkpoint_every,
             restore_best=restore_best,
         )
-        estimator = self._classifier
-        check_scheduler(scheduler, estimator.optimizer)
-        data = check_data(estimator, x, y, argument="x", label_argument="y")
+        data = check_data(self._classifier, x, y, argument="x", label_argument="y")
+        device = torch.device(self._classifier.device)
         fit.check_data(len(data[0]), has_validation=validation_data is not None)
-        validation = check_validation(estimator, validation_data)
-        ranks = Ranks.join(device := torch.device(estimator.device))
-        shared: dict[str, Any] = {"fit": fit, "validation": validation, "scheduler": scheduler, "ranks": ranks}
-        with ranks.together():
-            attacks = check_attacks(self.attacks, estimator)
-            keeper = make_keeper(estimator, attacks, options=self.options, data=data, **shared)
-            batches = ArrayBatches(*data, batch_size=fit.batch_size, drop_last=fit.drop_last, device=device)
-            self._run(batches=batches, keeper=keeper, **shared)
-        if restore_best:
-            keeper.restore_best()
+        batches = ArrayBatches(*data, batch_size=fit.batch_size, drop_last=fit.drop_last, device=device)
+        self._run(fit, batches, data, validation_data, scheduler)
 
     def fit_generator(
         self,
         generator: DataGenerator,
         nb_epochs: int = 20,
-        scheduler: Scheduler | None = None,
+        scheduler: Scheduler = None,
         validation_data: Arrays | None = None,
         **kwargs: Any,
     ) -> None:
@@ -279,33 +274,42 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         :param nb_epochs: Number of epochs, those of the warm-up included.
         :param scheduler: As in :meth:`fit`.
         :param validation_data: As in :meth:`fit`.
-        :param kwargs: ``verbose``, as in :meth:`fit`.
+        :param kwargs: As in :meth:`fit`, without ``drop_last``.
         :raises TypeError: If `generator` is no ART data generator; otherwise as in :meth:`fit`.
         :raises ValueError: If the generator's size is unknown; otherwise as in :meth:`fit`, even within an epoch if a
                 later batch is unusable.
         :raises FloatingPointError: As in :meth:`fit`.
         """
-        fit = FitOptions.of(kwargs, "verbose", batch_size=1, nb_epochs=nb_epochs)
-        estimator = self._classifier
-        check_scheduler(scheduler, estimator.optimizer)
-        ranks = Ranks.join(torch.device(estimator.device))
-        if ranks.size > 1:
-            raise ValueError(
-                f"`fit_generator` trains in one process, but there are {ranks.size}, and a generator's data cannot be "
-                "shared out. Use `fit`."
-            )
-        batches = GeneratorBatches(generator, estimator)
-        keeper = Keeper(estimator.model, average=Average.of(estimator.model, self.options.ema_decay))
-        validation = check_validation(estimator, validation_data)
-        self._run(fit=fit, batches=batches, validation=validation, scheduler=scheduler, keeper=keeper, ranks=ranks)
+        accepted = ("callbacks", "validate_every", "scheduler_step", "max_grad_norm", "verbose")
+        fit = FitOptions.of(kwargs, *accepted, batch_size=1, nb_epochs=nb_epochs)
+        fit.check_data(None, has_validation=validation_data is not None)
+        self._run(fit, GeneratorBatches(generator, self._classifier), None, validation_data, scheduler)
 
-    def _run(self, **parts: Any) -> None:
-        """Run the training loop; its record is kept even if it raises."""
+    def _run(self, fit: FitOptions, batches: Batches, data: Any, validation_data: object, scheduler: Scheduler) -> None:
+        """Run the training loop; its record is kept even if it raises. `data` are `None` for a generator."""
         check_not_in_inference_mode("fit")
         check_loss(self._classifier)
-        attacks = check_attacks(self.attacks, self._classifier)
-        loop = self.loop_class(estimator=self._classifier, attacks=attacks, options=self.options, **parts)
-        with torch.enable_grad(), loop.keeper.held():
-            loop.prepare()
-            self.history = loop.history
-            loop.run()
+        estimator, has_validation = self._classifier, validation_data is not None
+        schedule = Schedule.of(
+            scheduler, estimator.optimizer, fit=fit, nb_batches=batches.nb_batches, has_validation=has_validation
+        )
+        validation = check_validation(estimator, validation_data)
+        ranks = Ranks.join(torch.device(estimator.device))
+        kept = self._kept if fit.resume and fit.checkpoint is None else None
+        parts: dict[str, Any] = {"fit": fit, "validation": validation, "schedule": schedule, "ranks": ranks}
+        with ranks.together():
+            attacks = check_attacks(self.attacks, estimator)
+            keeper = make_keeper(estimator, attacks, options=self.options, data=data, kept=kept, **parts)
+            loop = self.loop_class(
+                estimator=estimator,
+                attacks=attacks,
+                options=self.options,
+                batches=batches,
+                keeper=keeper,
+                said=self._said,
+                **parts,
+            )
+            with torch.enable_grad(), keeper.held():
+                loop.prepare()
+                self.history, self._kept = loop.history, kept
+                loop.run()

@@ -15,7 +15,9 @@ from torchvision.transforms import v2
 
 from art_clat import (
     AdversarialTrainerCLATPyTorch,
+    Callback,
     CropAndFlip,
+    CSVLog,
     LayerOptions,
     PerformanceOptions,
     SelectionOptions,
@@ -34,7 +36,7 @@ CONFIGURATIONS = {
         },
         {},
     ),
-    "a share of odd batches, several layers": ({"ratio": 0.6, "budget": 0.5}, {"batch_size": 15}),
+    "a share of odd batches, several layers": ({"ratio": 0.6, "budget": 0.5}, {"batch_size": 15, "max_grad_norm": 0.3}),
     "reused perturbations of a share of moved images": (
         {"reuse_perturbations": 1, "ratio": 0.6, "augmentation": CropAndFlip(1)},
         {"batch_size": 15},
@@ -115,6 +117,8 @@ def refuse(output):
         "other momentum": lambda: fit(make_trainer_with(momentum=rank)),
         "checkpoint of one only": lambda: fit(trainer, checkpoint=f"{folder}/x" if rank == 0 else None),
         "folder of one only": lambda: fit(make_trainer(seed=None), checkpoint=f"{folder}/y", nb_epochs=2),
+        "callbacks of one only": lambda: fit(trainer, callbacks=[StopInOne()] if rank else []),
+        "resume of one only": lambda: fit(make_trainer(), resume=rank == 0),
         "ignored class": lambda: fit(make_trainer_with(loss=nn.CrossEntropyLoss(ignore_index=0))),
         "loss with parameters": lambda: fit(make_trainer_with(loss=LearningLoss())),
         "norm without statistics": lambda: fit(make_trainer_with(model=with_norm(nn.BatchNorm2d, False))),
@@ -195,7 +199,7 @@ def hooks_left(output):
         "state": outcome(trainer)["state"],
         "threads": threads_left(),
         "seen": [value for batch in seen[:4] for value in batch],  # four batches are an epoch
-        "left out": left_out[0],
+        "left out": left_out[1],  # the first pass in training mode only looks at the output
         "written": len(written),
     }
 
@@ -216,6 +220,27 @@ def unequal_passes():
     trainer = AdversarialTrainerCLATPyTorch(classifier, make_attack(classifier), selection=selection, seed=0)
     fit(trainer, nb_epochs=1)
     return len(trainer.history.epochs)
+
+
+class StopInOne(Callback):
+    """Stops the run within its fourth epoch, in one process only."""
+
+    def on_batch_end(self, event):
+        return "stop" if event.rank == 1 and (event.epoch, event.batch) == (3, 1) else None
+
+
+def stop(output):
+    """Stop a run with all that is decided from batch to batch, and go on with it."""
+    trainer, log = make_trainer(ema_decay=0.8), CSVLog(f"{output}-log-{os.environ['RANK']}.csv")
+    settings = {"scheduler": plateau(trainer), "max_grad_norm": 0.5, "resume": True}
+    fit(trainer, callbacks=[StopInOne(), log], **settings)
+    stopped = outcome(trainer)
+    fit(trainer, callbacks=[Callback(), log], nb_epochs=4, **settings)
+    return {"stopped": stopped, "outcome": outcome(trainer), "log": log.path.exists()}
+
+
+def plateau(trainer):
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(trainer.classifier.optimizer, mode="max", patience=0)
 
 
 def threads_left():
@@ -251,6 +276,7 @@ def main():
         "refuse": lambda: refuse(output),
         "hooks": lambda: hooks_left(output),
         "unequal": unequal_passes,
+        "stop": lambda: stop(output),
     }
     result = tasks[task]()
     with open(f"{output}-{rank}.json", "w") as file:

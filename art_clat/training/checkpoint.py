@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from torch import nn
 
+from art_clat.layers.layer import Layer
 from art_clat.training.averaging import Average
-from art_clat.training.history import EpochRecord, History
-from art_clat.utils.descriptions import check_description, fingerprint
+from art_clat.training.history import History
+from art_clat.training.schedule import Schedule
+from art_clat.training.state import pack, unpack
+from art_clat.utils.descriptions import check_description
 from art_clat.utils.files import prepare, read, write
 from art_clat.utils.weights import load_weights, named_tensors, weights
 
@@ -49,6 +49,8 @@ class Progress:
     :param attack_steps: Steps of the inner attack of an objective that is watched for catastrophic overfitting.
     :param best_checked: The highest accuracy under PGD that was measured while watching, in [0, 1].
     :param history: The record so far.
+    :param stopped: Whether a callback ended the run.
+    :param planned: Number of epochs that it was asked for when it was saved; `None` if it was not.
     """
 
     seed: int
@@ -60,10 +62,25 @@ class Progress:
     attack_steps: int = 1
     best_checked: float = 0.0
     history: History = field(default_factory=History)
+    stopped: bool = False
+    planned: int | None = None
+
+    def chosen_of(self, layers: Sequence[Layer]) -> list[Layer] | None:
+        """Return the layers that are trained; `None` for the whole network."""
+        return None if self.chosen is None else [layer for layer in layers if layer.name in self.chosen]
 
     def begin_epoch(self, epoch: int) -> None:
         """Go to the first batch of an epoch."""
         self.epoch, self.batch, self.sums, self.seconds = epoch, 0, {}, 0.0
+
+    def go_on(self, nb_epochs: int) -> tuple[str, int]:
+        """Go on with a saved run until it has `nb_epochs`; return what the log says of it, and at which level."""
+        self.history.configuration.get("fit", {})["nb_epochs"] = nb_epochs
+        self.stopped = self.stopped and nb_epochs == self.planned
+        if self.stopped:
+            way = f"another `nb_epochs` than {nb_epochs} goes on"
+            return f"was stopped by a callback in epoch {self.epoch} ({way})", logging.WARNING
+        return "is finished" if self.epoch >= nb_epochs else f"resumes at epoch {self.epoch}", logging.INFO
 
 
 @dataclass(frozen=True)
@@ -92,7 +109,7 @@ class Checkpoint:
     :param folder: Created if missing.
     :param model: The network.
     :param optimizer: The network's optimiser.
-    :param scheduler: The scheduler, or `None`.
+    :param schedule: What steps the learning rate.
     :param description: What must be equal for a run to be resumed; names, and values that JSON can hold.
     :param average: The average of the weights, or `None`.
     """
@@ -102,7 +119,7 @@ class Checkpoint:
         folder: str | os.PathLike[str],
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        scheduler: torch.optim.lr_scheduler.LRScheduler | None,
+        schedule: Schedule,
         description: Mapping[str, object],
         average: Average | None = None,
     ) -> None:
@@ -112,7 +129,7 @@ class Checkpoint:
         self.last, self.best = Path(folder) / "last.safetensors", Path(folder) / "best.safetensors"
         self._model = model
         self._optimizer = optimizer
-        self._scheduler = scheduler
+        self._schedule = schedule
         self._description = json.loads(json.dumps(description))
 
     def prepare(self) -> None:
@@ -126,7 +143,8 @@ class Checkpoint:
     @property
     def identity(self) -> str:
         """What names the run in other files of the folder."""
-        return hashlib.sha256(json.dumps(self._description, sort_keys=True).encode()).hexdigest()[:32]
+        same = {name: fact for name, fact in self._description.items() if name != "nb_epochs"}  # which may grow
+        return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:32]
 
     def resume(self) -> Progress | None:
         """
@@ -135,9 +153,9 @@ class Checkpoint:
         :return: Where the run is; `None` if there is no checkpoint.
         :raises ValueError: If the file is damaged, of a newer format, or of another run. Nothing is changed then.
         """
-        if not self.last.exists():
+        if not self._exists(self.last):
             return None
-        tensors, content = read(self.last)
+        tensors, content = self._read(self.last)
         if isinstance(content, dict) and "progress" in content and content.get("layout") != LAYOUT:
             raise ValueError(
                 f"`checkpoint`: {self.last} was written by another version of art_clat and cannot be resumed. Use "
@@ -145,10 +163,11 @@ class Checkpoint:
                 "weights."
             )
         try:
-            check_description(content["description"], self._description, self.last.parent)
-            optimizer, scheduler = (_unpacked(content[name], tensors) for name in ("optimizer", "scheduler"))
+            self._check(content["description"])
+            optimizer, scheduler = (unpack(content[name], tensors) for name in ("optimizer", "scheduler"))
             record = History.from_json(json.dumps(content["progress"]["history"]))
-            progress = Progress(**{**content["progress"], "history": record})
+            planned = content["description"]["nb_epochs"]
+            progress = Progress(**{**content["progress"], "history": record, "planned": planned})
             averages, good = (
                 {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
                 for prefix in ("average:", "good:")
@@ -161,12 +180,12 @@ class Checkpoint:
                 self.guard.load(good)
         except (KeyError, TypeError, AttributeError) as error:  # the checksum is right, but the content is not a run's
             raise ValueError(f"`checkpoint`: {self.last} does not hold a run: {error!r}.") from error
+        self._check_nb_epochs(progress, planned)
         load_weights(self._model, tensors)
         if self._average is not None:
             self._average.load(averages)
         self._optimizer.load_state_dict(cast(dict[str, Any], optimizer))
-        if self._scheduler is not None:
-            self._scheduler.load_state_dict(cast(dict[str, Any], scheduler))
+        self._schedule.load_state_dict(cast("dict[str, Any] | None", scheduler))
         return progress
 
     def save(self, progress: Progress) -> None:
@@ -185,13 +204,11 @@ class Checkpoint:
         content = {
             "layout": LAYOUT,
             "description": self._description,
-            "optimizer": _packed(self._optimizer.state_dict(), tensors, "optimizer:optimizer"),
-            "scheduler": None
-            if self._scheduler is None
-            else _packed(self._scheduler.state_dict(), tensors, "optimizer:scheduler"),
+            "optimizer": pack(self._optimizer.state_dict(), tensors, "optimizer:optimizer"),
+            "scheduler": pack(self._schedule.state_dict(), tensors, "optimizer:scheduler"),
             "progress": {**asdict(progress), "history": json.loads(progress.history.to_json())},
         }
-        write(self.last, tensors, content)
+        self._write(self.last, tensors, content)
 
     def save_best(self, best: Best) -> None:
         """
@@ -201,7 +218,7 @@ class Checkpoint:
         :raises OSError: If the folder cannot be written to.
         """
         content = {"description": self._description, "epoch": best.epoch, "robust_accuracy": best.robust_accuracy}
-        write(self.best, best.weights, content)
+        self._write(self.best, best.weights, content)
 
     def load_best(self) -> Best | None:
         """
@@ -210,183 +227,73 @@ class Checkpoint:
         :return: The weights and their epoch; `None` if there is no such file.
         :raises ValueError: As :meth:`resume`.
         """
-        if not self.best.exists():
+        if not self._exists(self.best):
             return None
-        tensors, content = read(self.best)
+        tensors, content = self._read(self.best)
         try:
-            check_description(content["description"], self._description, self.last.parent)
+            self._check(content["description"])
             if tensors.keys() != named_tensors(self._model).keys():
                 raise KeyError("weights")
             return Best(content["epoch"], content["robust_accuracy"], tensors)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"`checkpoint`: {self.best} does not hold the best epoch of a run: {error!r}.") from error
 
-
-class Keeper:
-    """
-    Saves a run while it trains, and keeps the weights of its best epoch.
-
-    :param model: The network.
-    :param checkpoint: Where to save; `None` to save nothing.
-    :param average: The average of the weights, or `None`.
-    :param every: Number of batches within an epoch after which to save.
-    :param keeps_best: Whether to keep the best epoch's weights.
-    :param writes: Whether this process writes files; only the first of several does.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        checkpoint: Checkpoint | None = None,
-        *,
-        average: Average | None = None,
-        every: int = 0,
-        keeps_best: bool = False,
-        writes: bool = True,
-    ) -> None:
-        self._model = model
-        #: The average of the weights, or `None`.
-        self.average = average
-        self._checkpoint = checkpoint
-        self._every = every
-        self._keeps_best = keeps_best
-        #: Whether this process writes files.
-        self.writes = writes
-        self._best: Best | None = None
-
-    def resume(self) -> Progress | None:
-        """
-        Load the run in the checkpoint, if there is one.
-
-        :return: Where the run is; `None` if it is a new one.
-        :raises ValueError: As :meth:`Checkpoint.resume`.
-        """
-        if self._checkpoint is None:
-            return None
-        best = self._checkpoint.load_best()
-        progress = self._checkpoint.resume()
-        if progress is not None:
-            self._best = best
-        return progress
-
-    def hold(self, guard: Holder) -> None:
-        """Save and resume the weights that a guard holds, too; call it before :meth:`resume`."""
-        if self._checkpoint is not None:
-            self._checkpoint.guard = guard
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """
-        Keep other runs out of the checkpoint's folder in this context. A killed process holds it no longer.
-
-        :raises ValueError: If another run writes to it.
-        :raises OSError: As :meth:`Checkpoint.prepare`.
-        """
-        if self._checkpoint is None or not self.writes:
-            yield
-            return
-        self._checkpoint.prepare()
-        folder = self._checkpoint.last.parent
-        lock = FileLock(folder / "run.lock")
-        try:
-            lock.acquire(blocking=False)
-        except Timeout as error:
+    def _check(self, there: Mapping[str, object], folder: str = "", argument: str = "checkpoint") -> None:
+        """Refuse the description of another run; a run may go on to another number of epochs."""
+        nb_epochs = self._description["nb_epochs"]
+        if there["nb_epochs"] != nb_epochs and there["the scheduler"] != self._description["the scheduler"]:
             raise ValueError(
-                f"`checkpoint`: another run is writing to {folder}. Wait for its end, or use another folder."
-            ) from error
-        try:
-            yield
-        finally:
-            lock.release()
+                f"`nb_epochs` is {nb_epochs}, but the run that would go on was planned for {there['nb_epochs']}, and "
+                "its epochs so far were trained with another `scheduler`. Pass the same scheduler if the run should go "
+                "on, or begin a new run with the new one."
+            )
+        there = {**there, "nb_epochs": nb_epochs}
+        check_description(there, self._description, folder or self.last.parent, argument=argument)
 
-    @property
-    def folder(self) -> Path | None:
-        """The checkpoint's folder; `None` if nothing is saved."""
-        return None if self._checkpoint is None else self._checkpoint.last.parent
+    def _check_nb_epochs(self, progress: Progress, planned: int) -> None:
+        """Refuse fewer epochs than were trained, and more than the schedule was made for."""
+        nb_epochs, begun = self._description["nb_epochs"], progress.epoch + (progress.batch > 0)
+        if nb_epochs < min(begun, planned):
+            raise ValueError(
+                f"`nb_epochs` is {nb_epochs}, but the run that would go on has begun {begun} epochs. Pass at least "
+                f"{begun}, or begin a new run."
+            )
+        if nb_epochs > planned:
+            self._schedule.check_extended(planned)
 
-    @property
-    def identity(self) -> str:
-        """What names the run in other files of the checkpoint's folder; empty if nothing is saved."""
-        return "" if self._checkpoint is None else self._checkpoint.identity
+    def _exists(self, path: Path) -> bool:
+        return path.exists()
 
-    def is_due(self, batch: int) -> bool:
-        """
-        Return whether to save within an epoch.
+    def _read(self, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        return read(path)
 
-        :param batch: Number of batches trained in the epoch.
-        """
-        return self._checkpoint is not None and batch % self._every == 0
-
-    def save(self, progress: Progress) -> None:
-        """
-        Save the run, if this process writes.
-
-        :param progress: Where the run is.
-        """
-        if self._checkpoint is not None and self.writes:
-            self._checkpoint.save(progress)
-
-    def consider(self, record: EpochRecord) -> None:
-        """
-        Keep the current weights if the epoch is the best so far.
-
-        :param record: The epoch's record, with its validation accuracies.
-        """
-        robust = record.robust_accuracy
-        if not self._keeps_best or robust is None or (self._best is not None and robust <= self._best.robust_accuracy):
-            return
-        self._best = Best(record.epoch, robust, weights(self._model))
-        if self._checkpoint is not None and self.writes:
-            self._checkpoint.save_best(self._best)
-
-    def restore_best(self) -> None:
-        """Load the best epoch's weights into the network."""
-        if self._best is not None:
-            load_weights(self._model, self._best.weights)
+    def _write(self, path: Path, tensors: Mapping[str, torch.Tensor], content: Mapping[str, object]) -> None:
+        write(path, tensors, content)
 
 
-def fingerprint_of_state(optimizer: torch.optim.Optimizer) -> str:
-    """Return 16 hexadecimal digits that differ for different optimiser states, such as the momentum."""
-    tensors: dict[str, torch.Tensor] = {}
-    packed = _packed(optimizer.state_dict()["state"], tensors, "state")
-    return hashlib.sha256(f"{packed}{fingerprint(*tensors.values())}".encode()).hexdigest()[:16]
+class Memory(Checkpoint):
+    """
+    What the files of a checkpoint would hold, kept in memory for the next call of ``fit``.
 
+    :param kept: The files' tensors and content by name; changed.
+    """
 
-def _packed(value: object, tensors: dict[str, torch.Tensor], name: str) -> object:
-    """Turn the state of an optimiser or scheduler into JSON; its tensors go into `tensors`."""
-    if isinstance(value, torch.Tensor):
-        tensors[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        return {"tensor": name}
-    if isinstance(value, np.generic):
-        value = value.item()
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, (list, tuple)):
-        items = [_packed(item, tensors, f"{name}.{index}") for index, item in enumerate(value)]
-        return items if isinstance(value, list) else {"tuple": items}
-    if isinstance(value, dict):  # JSON turns numeric keys into text; MultiStepLR has a Counter
-        return {
-            "counter" if isinstance(value, Counter) else "items": [
-                [_packed(key, tensors, f"{name}.key"), _packed(item, tensors, f"{name}.{key}")]
-                for key, item in value.items()
-            ]
-        }
-    raise TypeError(
-        f"`checkpoint`: {name.removeprefix('optimizer:')} is a {type(value).__qualname__}, which cannot be saved "
-        "without pickle; numbers, texts, tensors, and lists and dictionaries of them can."
-    )
+    def __init__(self, kept: dict[str, Any], *args: Any) -> None:
+        super().__init__("", *args)
+        self.kept = kept
 
+    def prepare(self) -> None:
+        """Do nothing: there is no folder."""
 
-def _unpacked(value: object, tensors: Mapping[str, torch.Tensor]) -> object:
-    """Turn what :func:`_packed` made back into a state."""
-    if isinstance(value, list):
-        return [_unpacked(item, tensors) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if "tensor" in value:
-        return tensors[value["tensor"]]
-    if "tuple" in value:
-        return tuple(_unpacked(item, tensors) for item in value["tuple"])
-    items = value["counter"] if "counter" in value else value["items"]
-    unpacked = {_unpacked(key, tensors): _unpacked(item, tensors) for key, item in items}
-    return Counter(unpacked) if "counter" in value else unpacked
+    def _check(self, there: Mapping[str, object], folder: str = "", argument: str = "checkpoint") -> None:
+        super()._check(there, "the latest call of this trainer", "resume")
+
+    def _exists(self, path: Path) -> bool:
+        return path.name in self.kept
+
+    def _read(self, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        tensors, content = self.kept[path.name]
+        return {name: tensor.clone() for name, tensor in tensors.items()}, dict(content)
+
+    def _write(self, path: Path, tensors: Mapping[str, torch.Tensor], content: Mapping[str, object]) -> None:
+        self.kept[path.name] = tensors, content

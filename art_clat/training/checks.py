@@ -11,7 +11,7 @@ from art.estimators.classification import PyTorchClassifier
 from torch import nn
 
 from art_clat.attacks.tensor_attack import TensorAttack
-from art_clat.config import TrainerOptions
+from art_clat.config import FitOptions, TrainerOptions
 from art_clat.layers.freezing import train_all
 from art_clat.layers.layer import Layer
 from art_clat.models.checks import check_data, check_optimizer_holds, warn_about_eps
@@ -24,27 +24,6 @@ from art_clat.utils.processes import Ranks
 logger = logging.getLogger(__name__)
 
 
-def check_scheduler(scheduler: object, optimizer: torch.optim.Optimizer) -> None:
-    """Refuse what cannot step the learning rate of this optimiser once an epoch; `None` is accepted."""
-    if scheduler is None:
-        if all(group["lr"] == 0 for group in optimizer.param_groups):
-            raise ValueError(
-                "`classifier.optimizer` has the learning rate 0, so nothing would be trained. ART's "
-                "fast-is-better-than-free trainer leaves it at 0. Set it, or pass a `scheduler` that raises it."
-            )
-        return
-    if not isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
-        raise TypeError(f"`scheduler` must be a torch.optim.lr_scheduler.LRScheduler, got {type(scheduler).__name__}.")
-    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-        raise TypeError(
-            "`scheduler` is stepped without a metric, which ReduceLROnPlateau needs; use a scheduler that needs none."
-        )
-    if scheduler.optimizer is not optimizer:
-        raise ValueError(
-            "`scheduler` belongs to another optimizer than `classifier.optimizer`; build it on `classifier.optimizer`."
-        )
-
-
 def check_loss(estimator: PyTorchClassifier) -> None:
     """Refuse a loss that returns one value a sample."""
     if getattr(estimator.loss, "reduction", None) == "none":
@@ -54,21 +33,30 @@ def check_loss(estimator: PyTorchClassifier) -> None:
         )
 
 
-def check_training_output(classifier: TensorClassifier, x: torch.Tensor) -> None:
-    """Refuse a network that returns something else in training mode, such as auxiliary outputs."""
+def check_training_output(classifier: TensorClassifier, x: torch.Tensor, options: TrainerOptions) -> None:
+    """Refuse a network that returns something else in training mode, such as auxiliary outputs, if it is trained."""
+    if not options.warmup:
+        return
     with restored_modes(classifier.model), unchanged_buffers(classifier.model):
         train_all(classifier.model)
         classifier.check_output(x, mode="training")
 
 
-def warn_before_a_run(options: TrainerOptions, attacks: Sequence[TensorAttack], nb_epochs: int) -> None:
-    """Warn about what is allowed, but is probably not what the user wants."""
-    if options.warmup >= nb_epochs:
+def warn_before_a_run(
+    options: TrainerOptions, attacks: Sequence[TensorAttack], fit: FitOptions, ranks: Ranks, said: set[str]
+) -> None:
+    """Let the first process warn about what is allowed, but is probably not what the user wants."""
+    if ranks.rank > 0:
+        return
+    never = f"CLAT never begins: {options.warmup}, {fit.nb_epochs}"
+    if options.warmup >= fit.nb_epochs and not fit.resume and never not in said:
+        said.add(never)
         logger.warning(
             "`warmup` (%d) is not below `nb_epochs` (%d): the whole run is plain adversarial training, and CLAT never "
-            "begins. Use more epochs or a smaller `warmup`.",
+            "begins. Use more epochs or a smaller `warmup`; to train an epoch at a time, pass `resume=True` and "
+            "growing `nb_epochs`.",
             options.warmup,
-            nb_epochs,
+            fit.nb_epochs,
         )
     for attack in attacks:
         warn_about_eps(attack.attack, attack.classifier.estimator)

@@ -6,13 +6,13 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from art.attacks import EvasionAttack
 from art.estimators.classification import PyTorchClassifier
 from torch import nn
 
 from art_clat.config import TrainerOptions
 from art_clat.models.description import describe_inputs
+from art_clat.training.schedule import initial_rates, state_of
 from art_clat.utils.descriptions import settings_of, text_of
 from art_clat.utils.environment import describe_environment
 from art_clat.utils.weights import named_tensors
@@ -20,7 +20,7 @@ from art_clat.utils.weights import named_tensors
 
 def describe(
     classifier: PyTorchClassifier,
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
+    scheduler: object,
     attacks: Sequence[EvasionAttack],
 ) -> dict[str, object]:
     """
@@ -47,7 +47,7 @@ def describe(
             if name not in ignored
         }
         facts[f"attack {number}"] = settings_of(attack, settings)
-    schedule = {} if scheduler is None else _still(scheduler.state_dict())
+    schedule = {} if scheduler is None else _still(state_of(scheduler))
     facts["the scheduler"] = {"class": type(scheduler).__name__, **{k: text_of(v) for k, v in schedule.items()}}
     optimizer: Any = classifier.optimizer
     facts["the optimizer"] = type(optimizer).__name__
@@ -56,12 +56,13 @@ def describe(
     if "'cycle_momentum': True" in repr(schedule):
         left_out += ["momentum", "betas"]
     names = {parameter: name for name, parameter in classifier.model.named_parameters()}
-    for number, group in enumerate(optimizer.param_groups, start=1):
+    rates = initial_rates(scheduler, optimizer)
+    for number, (group, rate) in enumerate(zip(optimizer.param_groups, rates, strict=True), start=1):
         held = [names.get(parameter, "one that is not the network's") for parameter in group["params"]]
         facts[f"optimizer group {number}"] = {
             "parameters": len(held),
             "in the order": hashlib.sha256(" ".join(held).encode()).hexdigest()[:16],
-            "lr": text_of(group.get("initial_lr", group["lr"])),
+            "lr": text_of(rate),
             **{key: text_of(value) for key, value in group.items() if key not in left_out},
         }
     return facts
@@ -75,6 +76,7 @@ def _still(state: object) -> Any:
         return state
     moving = ["last_epoch", "T_cur", "T_i", "verbose", "_last_lr", "_step_count"]
     moving += ["_is_initial", "_get_lr_called_within_step"]
+    moving += ["best", "num_bad_epochs", "cooldown_counter", "metric", "restore_lr"]  # of those that wait for a plateau
     return {key: _still(value) for key, value in state.items() if key not in moving}
 
 
@@ -82,7 +84,7 @@ def configuration(
     classifier: PyTorchClassifier,
     options: TrainerOptions,
     attacks: Sequence[EvasionAttack],
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
+    scheduler: object,
     fit: Mapping[str, object],
 ) -> dict[str, Any]:
     """Describe a run for its history; `fit` holds the arguments of ``fit`` and the shape of the data."""

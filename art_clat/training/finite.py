@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -52,12 +55,19 @@ class FiniteGuard:
         raise FloatingPointError(f"The {what} is not finite")
 
 
+@contextmanager
 def explained(
-    error: FloatingPointError, epoch: int, batch: int, *, lr: float, weight: float, gamma: float = 0.0
-) -> FloatingPointError:
-    """Return an error of :class:`FiniteGuard` that says where it happened, and what to do; γ is AWP's in the stage."""
-    also = f", `weight_perturbation` ({gamma:g})" if gamma else ""
-    return FloatingPointError(
-        f"{error} in epoch {epoch}, batch {batch}. The last finite weights are restored. Probably the learning rate "
-        f"(now {lr:g}){also} or `criticality_weight` ({weight:g}) is too large: use a smaller one."
-    )
+    optimizer: torch.optim.Optimizer, where: str, criticality_weight: float, weight_perturbation: float
+) -> Iterator[None]:
+    """Say in the error of a :class:`FiniteGuard` where in the run it came, and what to do."""
+    learning_rate = float(optimizer.param_groups[0]["lr"])
+    also = f", `weight_perturbation` ({weight_perturbation:g})" if weight_perturbation else ""
+    try:
+        yield
+    except FloatingPointError as error:
+        optimizer.state.clear()  # it may not be finite either
+        raise FloatingPointError(
+            f"{error} in {where}. The last finite weights are restored. Probably the learning rate (now "
+            f"{learning_rate:g}){also} or `criticality_weight` ({criticality_weight:g}) is too large: use a smaller "
+            "one."
+        ) from None

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
+from torch import nn
 
+from art_clat.selection.choice import Choice
 from art_clat.selection.criticality import Criticality, LayerCriticality
 from art_clat.utils.plots import label_layers, new_axes
 
@@ -30,13 +32,14 @@ class EpochRecord:
     :param loss: Mean over the epoch of the loss that was minimised.
     :param cross_entropy: Mean of the classifier's loss within it.
     :param criticality_loss: Mean of ``L_C``, or of a rival's second term, before its weight; 0 for PGD-AT.
-    :param learning_rate: Learning rate of the optimiser's first parameter group during the epoch.
+    :param learning_rate: Learning rate of the optimiser's first parameter group in the epoch's last batch.
     :param seconds: Seconds of training, without validation and selection.
     :param train_clean_accuracy: Accuracy on the training batches before the attack, in [0, 1]; `None` if the objective
            computes no clean logits.
     :param train_robust_accuracy: Accuracy on the perturbed training batches, in [0, 1]; they include clean samples if
            `ratio` is below 1. `None` if the objective's logits are clean.
-    :param clean_accuracy: Accuracy on the validation data, in [0, 1]; `None` without them.
+    :param clean_accuracy: Accuracy on the validation data, in [0, 1]; `None` without them, or if it was not
+           the epoch's turn.
     :param robust_accuracy: The same under the trainer's first attack.
     :param attack_steps: Number of steps of ``"fgsm_rs"`` at the end of the epoch: 1, and twice as many each time it was
            caught in catastrophic overfitting. `None` for other objectives.
@@ -92,6 +95,31 @@ class SelectionRecord:
     seconds: float
     rule: str = "criticality"
     scores: tuple[float, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        choice: Choice,
+        measured: Criticality,
+        *,
+        epoch: int,
+        rule: str,
+        trainable: Collection[nn.Parameter],
+        model: nn.Module,
+        seconds: float,
+    ) -> SelectionRecord:
+        """Record a choice of layers of `model`; `trainable` are the parameters that the user did not freeze."""
+        parameters = {p for layer in choice.layers for p in layer.parameters() if p in trainable}
+        return cls(
+            epoch=epoch,
+            measured=measured,
+            chosen=tuple(layer.name for layer in choice.layers),
+            trainable_parameters=sum(p.numel() for p in parameters),
+            total_parameters=sum(p.numel() for p in model.parameters()),
+            seconds=seconds,
+            rule=rule,
+            scores=tuple(choice.scores),
+        )
 
     def sentence(self) -> str:
         """Return a line for the log that says what was chosen."""

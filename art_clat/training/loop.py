@@ -4,45 +4,43 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-import numpy as np
 import torch
 from art.attacks import EvasionAttack
 from art.estimators.classification import PyTorchClassifier
-from tqdm.auto import tqdm
 
 from art_clat.attacks.tensor_attack import TensorAttack
 from art_clat.config import FitOptions, TrainerOptions
 from art_clat.layers.freezing import only_trainable
 from art_clat.layers.layer import Layer
-from art_clat.models.tensor_classifier import TensorClassifier, channels_last
-from art_clat.selection.budget import check_budget
+from art_clat.models.tensor_classifier import TensorClassifier
 from art_clat.selection.candidates import Candidates
-from art_clat.selection.choice import check_names, choose, eligible_layers
+from art_clat.selection.choice import check_selection, choose, eligible_layers
 from art_clat.selection.rules import as_rule
 from art_clat.training.augmentation import augment, check_augmented
-from art_clat.training.checkpoint import Keeper, Progress
+from art_clat.training.callbacks import Callbacks, RunEvent
+from art_clat.training.checkpoint import Progress
 from art_clat.training.checks import check_optimizer_trains, check_training_output, warn_before_a_run
 from art_clat.training.data import Batches
 from art_clat.training.description import configuration
 from art_clat.training.finite import FiniteGuard, explained
 from art_clat.training.history import History, SelectionRecord
+from art_clat.training.keeper import Keeper
 from art_clat.training.objectives import BatchLoss, find_objective
 from art_clat.training.overfitting import OverfittingGuard
-from art_clat.training.reuse import make_reuse
-from art_clat.training.setup import nb_measured
+from art_clat.training.schedule import Schedule
+from art_clat.training.setup import draw_seed, nb_measured, restored_model
 from art_clat.training.stage import EpochSums, Stage, make_record
-from art_clat.training.strength import StrengthMeter
+from art_clat.training.strength import begin_reuse
 from art_clat.training.validation import measure_accuracies
-from art_clat.training.watch import FirstBatches, warn_about_still_layers
+from art_clat.training.watch import Watch
 from art_clat.utils.batch import Batch
-from art_clat.utils.modes import restored_modes
 from art_clat.utils.processes import Ranks
-from art_clat.utils.progress import logging_above_the_bar
+from art_clat.utils.progress import epoch_bar
 from art_clat.utils.randomness import reseed, seeded_randomness
 
 logger = logging.getLogger(__name__)
@@ -60,10 +58,11 @@ class TrainingLoop:
     :param options: The trainer's options.
     :param fit: The options of this call of ``fit``.
     :param batches: The training data.
-    :param validation: Inputs and labels to validate on after every epoch, or `None`.
-    :param scheduler: Stepped after every epoch, or `None`.
+    :param validation: Inputs and labels to validate on, or `None`.
+    :param schedule: What steps the learning rate.
     :param keeper: Saves the run, keeps the best epoch, and holds the average of the weights.
     :param ranks: The processes that train together.
+    :param said: What the trainer has warned of in earlier runs, and need not say again.
     """
 
     estimator: PyTorchClassifier
@@ -72,9 +71,10 @@ class TrainingLoop:
     fit: FitOptions
     batches: Batches
     validation: tuple[torch.Tensor, torch.Tensor] | None
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None
+    schedule: Schedule
     keeper: Keeper
     ranks: Ranks
+    said: set[str] = field(default_factory=set)
 
     progress: Progress = field(init=False)
     stage: Stage = field(init=False)
@@ -87,6 +87,8 @@ class TrainingLoop:
         self.measured_classifier = self.classifier.in_float32()
         self.measuring_attack = TensorAttack(self.attacks[0], self.measured_classifier)
         self._trainable = {p for p in self.estimator._model.parameters() if p.requires_grad}
+        self.callbacks = Callbacks(self.fit.callbacks, self.ranks, self.device)
+        self.watch = Watch(self.measured_classifier, self.ranks)
         self._freezing = ExitStack()
         self.overfitting = OverfittingGuard(self.measuring_attack, self.batches, self.options, self.fit, self.keeper)
 
@@ -106,30 +108,28 @@ class TrainingLoop:
 
         :raises ValueError: If the checkpoint is of another run, or layers, budget and optimiser do not fit together.
         """
-        drawn = self.draw_seed()
+        drawn = draw_seed(self.options.seed, self.ranks, self.device)
         resumed = self.keeper.resume()
-        said = {"nb_epochs": self.fit.nb_epochs, **self.batches.describe()}
-        made_with = configuration(self.estimator, self.options, self.attacks, self.scheduler, said)
+        said = {"nb_epochs": self.fit.nb_epochs, **self.batches.describe(), **self.fit.describe_steps()}
+        made_with = configuration(self.estimator, self.options, self.attacks, self.schedule.scheduler, said)
         self.progress = resumed or Progress(seed=drawn, history=History(configuration=made_with))
         self.is_resumed = resumed is not None
-        if self.is_resumed and self.ranks.rank == 0:
-            epoch, last = self.progress.epoch, self.fit.nb_epochs
-            state = "is finished" if epoch >= last else f"resumes at epoch {epoch}"
-            logger.info("The run in the checkpoint %s; the classifier gets its weights.", state)
+        if resumed is None:
+            self.schedule.check_new(is_whole=not self.fit.resume, rank=self.ranks.rank)
+        else:
+            state, level = self.progress.go_on(self.fit.nb_epochs)
+            level = level if self.ranks.rank == 0 else logging.DEBUG
+            logger.log(level, "The run in the checkpoint %s; the classifier gets its weights.", state)
         self.ranks.check_same({"the checkpoint": (*self.counters, self.progress.batch)}, self.device)
-        if self.ranks.rank == 0:
-            warn_before_a_run(self.options, self.training_attacks, self.fit.nb_epochs)
+        warn_before_a_run(self.options, self.training_attacks, self.fit, self.ranks, self.said)
         with seeded_randomness(self.progress.seed, self.device):
-            if self.options.warmup:
-                check_training_output(self.classifier, self.batches.example())
             self.sample = self.batches.sample(nb_measured(self.options, self.attacks, self.batches), self.ranks)
             self.layers = self.classifier.find_layers(self.batches.example(), self.options.layers)
-        self.begin_reuse()
+            check_training_output(self.classifier, self.batches.example(), self.options)
+        shared = (self.batches, self.keeper, self.ranks)
+        self.meter = begin_reuse(self.options, self.training_attacks, *shared, self.progress, self.fit, self.sample)
         self.eligible = eligible_layers(self.layers, head_eligible=self.options.layers.head_eligible)
-        rule = self.options.selection.rule
-        check_names(rule, self.eligible)
-        if rule != "all" and not isinstance(rule, (list, tuple)):  # these ignore the budget
-            check_budget(self.options.budget, self.eligible, sum(p.numel() for p in self.model.parameters()))
+        check_selection(self.options.selection.rule, self.options.budget, self.eligible, self.model)
         check_optimizer_trains(self.optimizer, self.model, None if self.options.warmup else self.eligible)
 
     def run(self) -> None:
@@ -138,31 +138,50 @@ class TrainingLoop:
 
         :raises FloatingPointError: If the loss or its gradient is not finite.
         """
-        with self.restored_model():
+        estimator, performance = self.estimator, self.options.performance
+        with restored_model(estimator, performance, self.progress.seed, self.device) as self._freezing:
             self.save()  # refuses a scheduler that cannot be saved before any work
-            names = self.progress.chosen
-            self.begin_stage(None if names is None else [layer for layer in self.layers if layer.name in names])
+            self.begin_stage(self.progress.chosen_of(self.layers))
             if self.keeper.average is not None and not self.is_resumed:
                 self.keeper.average.begin()  # after all processes got the first one's weights
+            self.tell("on_run_begin")
             quiet = self.ranks.rank > 0 or not self.fit.verbose
-            with (
-                nullcontext() if quiet else logging_above_the_bar(),  # log lines go above the bar
-                tqdm(initial=self.progress.epoch, total=self.fit.nb_epochs, unit="epoch", disable=quiet) as bar,
-            ):
-                while self.progress.epoch < self.fit.nb_epochs:
-                    if self.selection_is_due():
+            with epoch_bar(self.progress.epoch, self.fit.nb_epochs, quiet=quiet) as bar:
+                while self.goes_on():
+                    self.tell("on_epoch_begin")
+                    if self.selection_is_due() and self.goes_on():
+                        self.tell("on_selection_begin")
                         self.begin_stage(self.select())
+                        self.tell("on_selection_end")
                     bar.set_description(self.stage.title)
                     self.train_epoch()
-                    self.end_epoch()
-                    bar.set_postfix(self.history.epochs[-1].summary(), refresh=False)
-                    bar.update()
+                    if not self.progress.stopped or len(self.history.epochs) > self.progress.epoch:
+                        self.end_epoch()
+                        bar.set_postfix(self.history.epochs[-1].summary(), refresh=False)
+                        bar.update()
+            if self.progress.stopped:
+                self.save()
             if self.keeper.average is not None:
                 self.keeper.average.apply()
+            if self.fit.restore_best:
+                self.keeper.restore_best()
+            self.tell("on_run_end")
+
+    def goes_on(self) -> bool:
+        """Return whether there is something left to train, and no callback has ended the run."""
+        return self.progress.epoch < self.fit.nb_epochs and not self.progress.stopped
+
+    def tell(self, moment: str, batch: int | None = None, loss: BatchLoss | None = None) -> None:
+        """Call a method of the callbacks; the run is stopped if one of them says so."""
+        if self.callbacks.hear(moment):
+            event = RunEvent.of(self, self.progress.batch if batch is None else batch, loss)
+            self.progress.stopped |= self.callbacks.tell(moment, event)
 
     def selection_is_due(self) -> bool:
         """Return whether layers are chosen before the next batch."""
-        return self.options.chooses_before(self.progress.epoch) and self.progress.batch == 0
+        epoch, made = self.progress.epoch, self.history.selections
+        is_made = bool(made) and made[-1].epoch == epoch  # a run may be stopped after it, and go on
+        return self.options.chooses_before(epoch) and self.progress.batch == 0 and not is_made
 
     def begin_stage(self, chosen: list[Layer] | None) -> None:
         """Begin to train the chosen layers alone, or the whole network (`None`)."""
@@ -171,11 +190,10 @@ class TrainingLoop:
             objective = cls(self.classifier, None, cls.default_weight)
         else:
             self.freeze(chosen)
-            warn_about_still_layers(self.measured_classifier, chosen, self.sample[0], ranks=self.ranks)
             cls, weight = find_objective(self.options.objective), self.options.criticality_weight
             objective = cls(self.classifier, chosen, weight)
+            self.watch.begin(chosen, objective, self.sample[0])
         self.stage = Stage.begin(chosen, objective, self.ranks, self.options.weight_perturbation)
-        self.first_batches = FirstBatches(objective)
         self.overfitting.begin(objective, self.progress)
 
     def freeze(self, chosen: list[Layer]) -> None:
@@ -203,16 +221,14 @@ class TrainingLoop:
         with seeded_randomness(self.progress.seed, self.device):
             measured = candidates.criticality
             choice = choose(as_rule(self.options.selection.rule), candidates, self.options.budget)
-        parameters = {p for layer in choice.layers for p in layer.parameters() if p in self._trainable}
-        record = SelectionRecord(
+        record = SelectionRecord.of(
+            choice,
+            measured,
             epoch=self.progress.epoch,
-            measured=measured,
-            chosen=tuple(layer.name for layer in choice.layers),
-            trainable_parameters=sum(p.numel() for p in parameters),
-            total_parameters=sum(p.numel() for p in self.model.parameters()),
-            seconds=time.perf_counter() - start,
             rule=self.options.selection.rule_name,
-            scores=tuple(choice.scores),
+            trainable=self._trainable,
+            model=self.model,
+            seconds=time.perf_counter() - start,
         )
         self.history.selections.append(record)
         self.progress.chosen = list(record.chosen)
@@ -220,31 +236,34 @@ class TrainingLoop:
         return choice.layers
 
     def train_epoch(self) -> None:
-        """Train an epoch, or the rest of it, and record it."""
+        """Train an epoch, or the rest of it, and record it, unless a callback stops the run before its end."""
         progress, start = self.progress, time.perf_counter() - self.progress.seconds
-        learning_rate = float(self.optimizer.param_groups[0]["lr"])
         self.guard = FiniteGuard(self.model, every=self.look_every(), ranks=self.ranks)
         sums = EpochSums(self.device)
         reseed(self.device, *self.counters)
         for number, batch in enumerate(self.batches.epoch(progress.batch, self.ranks), start=progress.batch):
+            if progress.stopped:
+                return
+            self.tell("on_batch_begin", number)
             batch = self.load(batch, number)
             x_adv = self.perturb(batch, number)
-            try:
+            learning_rate = float(self.optimizer.param_groups[0]["lr"])
+            place = f"epoch {progress.epoch}, batch {number}", self.options.criticality_weight
+            with explained(self.optimizer, *place, self.stage.weight_perturbation):
                 loss = self.step(batch, x_adv, number)
-                if self.keeper.average is not None:
-                    self.keeper.average.update(self._batches_before(number))
-                sums.add(loss, self.classifier.one_hot(batch.y).argmax(dim=1))
-                is_last = number + 1 == self.batches.nb_batches
-                if is_last or self.keeper.is_due(number + 1):
+            if self.keeper.average is not None:
+                self.keeper.average.update(self._batches_before(number))
+            sums.add(loss, self.classifier.one_hot(batch.y).argmax(dim=1))
+            self.schedule.after_batch(self._batches_before(number + 1))
+            self.tell("on_batch_end", number, loss)
+            is_last = number + 1 == self.batches.nb_batches
+            if is_last or progress.stopped or self.keeper.is_due(number + 1):
+                with explained(self.optimizer, *place, self.stage.weight_perturbation):
                     self.guard.after_step(look=True)
-                    progress.batch, progress.seconds = number + 1, time.perf_counter() - start
-                    progress.sums = sums.take(progress.sums, self.ranks)
-                    if not is_last:
-                        self.save()
-            except FloatingPointError as error:
-                self.optimizer.state.clear()  # it may not be finite either
-                weight, gamma = self.options.criticality_weight, self.stage.weight_perturbation
-                raise explained(error, progress.epoch, number, lr=learning_rate, weight=weight, gamma=gamma) from None
+                progress.batch, progress.seconds = number + 1, time.perf_counter() - start
+                progress.sums = sums.take(progress.sums, self.ranks)
+                if not is_last:
+                    self.save()
         self.history.epochs.append(make_record(progress, self.stage, learning_rate))
 
     def load(self, batch: Batch, number: int) -> Batch:
@@ -265,29 +284,18 @@ class TrainingLoop:
         """Perturb the share `ratio` of batch `number`; seed and epoch set its random numbers too."""
         objective, attack = self.stage.objective, self.attack_for(number)
         inner = partial(objective.perturb, attack)
-        if self.reuse is not None and self.stage.chosen is not None:
+        if self.meter is not None and self.stage.chosen is not None:
+            self.meter.measure_if_due(objective, self.training_attacks[0], self.load, self.progress, number)
             seed, epoch = self.counters
-            if self.meter.is_due(epoch, number, self.history.strengths):
-                images, first = self.load(self.meter.images, number), self.training_attacks[0]
-                record = self.meter.measure(objective, first, images, seed=seed, epoch=epoch)
-                self.history.strengths += [] if record is None else [record]
             stamp = self._batches_before(number) + 1
-            inner = partial(self.reuse.perturb, objective, attack, seed=seed, epoch=epoch, stamp=stamp)
+            inner = partial(self.meter.reuse.perturb, objective, attack, seed=seed, epoch=epoch, stamp=stamp)
         reseed(self.device, *self.counters, number)
         return self.stage.perturb(inner, batch, self.options.ratio)
 
-    def begin_reuse(self) -> None:
-        """Find out whether attacks go on from the last epoch's, and load what a resumed run has found."""
-        self.reuse = None
-        if self.fit.nb_epochs > max(self.options.warmup, self.progress.epoch):
-            self.reuse = make_reuse(self.options, self.training_attacks, self.batches, self.keeper, self.ranks)
-        if self.reuse is not None:
-            self.meter = StrengthMeter.begin(self.reuse, self.sample, self._batches_before(self.progress.batch))
-
     def save(self) -> None:
         """Save the run; all processes must call this."""
-        if self.reuse is not None:
-            self.reuse.save(self._batches_before(self.progress.batch))
+        if self.meter is not None:
+            self.meter.save(self._batches_before(self.progress.batch))
         self.keeper.save(self.progress)
 
     def step(self, batch: Batch, x_adv: torch.Tensor, number: int) -> BatchLoss:
@@ -297,25 +305,35 @@ class TrainingLoop:
         self.optimizer.zero_grad()
         loss = self.stage.differentiate(batch, x_adv)
         self.guard.before_step(loss.loss)
-        self.first_batches.add(loss, warns=self.ranks.rank == 0)
+        self.watch.add(loss)
+        if self.fit.max_grad_norm is not None:
+            stepped = [p for group in self.optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(stepped, self.fit.max_grad_norm)
         self.optimizer.step()
         self.guard.after_step()
         self.overfitting.check(self.progress, number, self.guard)
         return loss
 
     def end_epoch(self) -> None:
-        """Step the scheduler, validate, and save."""
-        if self.scheduler is not None:
-            self.scheduler.step()
-        if self.validation is not None:
+        """Validate if it is due, step the scheduler, and save."""
+        nb_epochs = self.progress.epoch + 1
+        is_due = nb_epochs % self.fit.validate_every == 0
+        if is_due or not self.goes_on() or nb_epochs == self.fit.nb_epochs:
+            self.record_validation()
+        self.schedule.after_epoch(nb_epochs, self.history.epochs[-1].robust_accuracy if is_due else None)
+        self.tell("on_epoch_end", self.progress.batch - 1)
+        if self.progress.stopped:
+            self.record_validation()
+        self.progress.begin_epoch(nb_epochs)
+        self.save()
+        logger.debug("%s", self.history.epochs[-1])
+
+    def record_validation(self) -> None:
+        """Validate the latest epoch, unless that was done, and keep its weights if they are the best."""
+        if self.validation is not None and self.history.epochs[-1].robust_accuracy is None:
             with nullcontext() if self.keeper.average is None else self.keeper.average.applied():
                 self.history.add_validation(*self.validate())
                 self.keeper.consider(self.history.epochs[-1])
-        self.progress.begin_epoch(self.progress.epoch + 1)
-        self.save()
-        if self.reuse is not None:
-            self.meter.begin_epoch()
-        logger.debug("%s", self.history.epochs[-1])
 
     def validate(self) -> tuple[float, float]:
         """Measure clean accuracy, and robust accuracy under the first attack, on the validation data."""
@@ -325,26 +343,6 @@ class TrainingLoop:
     def look_every(self) -> int:
         """Return after how many batches to check that all is finite; on a GPU a check makes the processor wait."""
         return 50 if self.device.type == "cuda" else 1
-
-    def draw_seed(self) -> int:
-        """Return the user's seed, or one drawn from NumPy's global generator."""
-        if self.options.seed is not None:
-            return int(self.options.seed)
-        drawn = torch.tensor(int(np.random.randint(2**32, dtype=np.uint64)), device=self.device)
-        return int(self.ranks.first(drawn))
-
-    @contextmanager
-    def restored_model(self) -> Iterator[None]:
-        """Restore flags, modes, memory formats and random generators on leaving, and drop the gradients."""
-        wrapped = self.estimator._model
-        with ExitStack() as stack:
-            stack.enter_context(restored_modes(wrapped))
-            stack.enter_context(seeded_randomness(self.progress.seed, self.device))
-            stack.callback(wrapped.zero_grad)
-            self._freezing = stack.enter_context(ExitStack())
-            if self.options.performance.channels_last:
-                stack.enter_context(channels_last(self.model, self.optimizer))
-            yield
 
     def _batches_before(self, number: int) -> int:
         """Count the batches of the run before batch `number` of this epoch."""

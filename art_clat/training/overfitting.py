@@ -12,9 +12,10 @@ import torch
 from art_clat.attacks.tensor_attack import TensorAttack
 from art_clat.config import FitOptions, TrainerOptions
 from art_clat.training.averaging import Snapshot
-from art_clat.training.checkpoint import Keeper, Progress
+from art_clat.training.checkpoint import Progress
 from art_clat.training.data import Batches
 from art_clat.training.finite import FiniteGuard
+from art_clat.training.keeper import Keeper
 from art_clat.training.objectives import Objective
 from art_clat.training.objectives.rivals import REACH
 from art_clat.utils.batch import Batch

@@ -17,8 +17,8 @@ from art_clat.attacks.ascent import Ascent
 from art_clat.attacks.tensor_attack import TensorAttack
 from art_clat.config import ReuseOptions, TrainerOptions
 from art_clat.training.augmentation import CropAndFlip, Moves
-from art_clat.training.checkpoint import Keeper
 from art_clat.training.data import DEVICE_SHARE, ArrayBatches, Batches
+from art_clat.training.keeper import Keeper
 from art_clat.training.objectives import Objective, find_objective
 from art_clat.training.perturbations import PerturbationFiles, Perturbations, place_for
 from art_clat.utils.batch import Batch
@@ -193,6 +193,8 @@ def make_reuse(
         return None
     assert place is not None
     kept = Perturbations(shape, ball, place)
+    if keeper.memory is not None:
+        kept = keeper.memory.setdefault("perturbations", kept)  # those of the call before, if there was one
     folder = keeper.folder
     if ranks.rank == 0:
         on_disk = "" if folder is None else f", twice that in {folder}"

@@ -19,8 +19,15 @@ def fingerprint(*tensors: torch.Tensor) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_description(there: Mapping[str, object], here: Mapping[str, object], folder: Path) -> None:
-    """Refuse, by a ValueError that names the differences, a folder whose description differs from this run's."""
+def check_description(
+    there: Mapping[str, object], here: Mapping[str, object], folder: Path | str, *, argument: str = "checkpoint"
+) -> None:
+    """
+    Refuse, by a ValueError that names the differences, a folder whose description differs from this run's.
+
+    :param folder: The folder, or what else holds the run.
+    :param argument: What the user passed it as.
+    """
     names = [*there, *(name for name in here if name not in there)]
     different = [
         f"{name} is {there.get(name)} there, {here.get(name)} here"
@@ -29,9 +36,10 @@ def check_description(there: Mapping[str, object], here: Mapping[str, object], f
     ]
     if different:
         more = f"; and {len(different) - 5} more" if len(different) > 5 else ""
+        other = "folder" if argument == "checkpoint" else "trainer"
         raise ValueError(
-            f"`checkpoint`: {folder} holds another run: {'; '.join(different[:5])}{more}. Use another "
-            "folder, or the same arguments, model and data."
+            f"`{argument}`: {folder} holds another run: {'; '.join(different[:5])}{more}. Use another "
+            f"{other}, or the same arguments, model and data."
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TextIO
 
 from tqdm.auto import tqdm
@@ -22,6 +22,16 @@ class _AboveTheBar:
 
     def flush(self) -> None:
         self._stream.flush()
+
+
+@contextmanager
+def epoch_bar(done: int, total: int, *, quiet: bool) -> Iterator[tqdm]:
+    """Show a progress bar of epochs, with log lines above it; nothing if `quiet`."""
+    with (
+        nullcontext() if quiet else logging_above_the_bar(),
+        tqdm(initial=done, total=total, unit="epoch", disable=quiet) as bar,
+    ):
+        yield bar
 
 
 @contextmanager

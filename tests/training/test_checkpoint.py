@@ -20,8 +20,10 @@ from torch.optim import lr_scheduler as lr
 from torchvision.transforms import v2
 
 from art_clat import AdversarialTrainerCLATPyTorch, LayerOptions, TrainingLoop
-from art_clat.training import checkpoint, description
+from art_clat.training import description
 from art_clat.training.history import EpochRecord
+from art_clat.training.keeper import Keeper
+from art_clat.training.state import pack, unpack
 from art_clat.utils import files
 from art_clat.utils.files import read, write
 
@@ -363,7 +365,7 @@ class TestBest:
             assert_equal(again.classifier.model.state_dict(), trainer.classifier.model.state_dict())
 
     def test_is_the_first_of_equals(self, chain):
-        keeper = checkpoint.Keeper(chain, keeps_best=True)
+        keeper = Keeper(chain, keeps_best=True)
         for epoch, accuracy in enumerate((0.1, 0.5, 0.5)):
             chain.first.bias.data.fill_(epoch)
             record = EpochRecord(
@@ -417,7 +419,6 @@ class TestOtherRuns:
     @pytest.mark.parametrize(
         ("settings", "match"),
         [
-            ({"nb_epochs": 3}, "nb_epochs is 2 there, 3 here"),
             ({"batch_size": 16}, "batch_size is 8 there, 16 here"),
             ({"drop_last": True}, "drop_last"),
             ({"validation_data": make_data(4)}, "validation_data is None there"),
@@ -709,7 +710,7 @@ def test_every_kind_of_tensor_comes_back(tmp_path):
 def test_state_comes_back_with_the_types_it_had():
     state = {"betas": (0.9, 0.999), 3: [1, (2,)], "steps": Counter({4: 2}), "buffer": torch.ones(2), "none": None}
     tensors = {}
-    back = checkpoint._unpacked(json.loads(json.dumps(checkpoint._packed(state, tensors, "state"))), tensors)
+    back = unpack(json.loads(json.dumps(pack(state, tensors, "state"))), tensors)
     assert torch.equal(back.pop("buffer"), state.pop("buffer"))
     assert back == state and isinstance(back["betas"], tuple) and isinstance(back[3][1], tuple)
     assert isinstance(back["steps"], Counter)

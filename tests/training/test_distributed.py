@@ -66,6 +66,8 @@ def test_every_process_refuses_what_cannot_be_shared(tmp_path):
         assert "differ in the optimizer's state" in messages.pop("other momentum")
         assert "differ in checkpoint: all" in messages.pop("checkpoint of one only")
         assert "differ in the checkpoint: all" in messages.pop("folder of one only")
+        assert "differ in callbacks: all" in messages.pop("callbacks of one only")
+        assert "differ in resume: all" in messages.pop("resume of one only")
         assert "ignores the class 0" in messages.pop("ignored class")
         assert "has parameters (temperature)" in messages.pop("loss with parameters")
         assert "bn2 keeps running statistics of single samples" in messages.pop("norm of samples with statistics")
@@ -85,6 +87,19 @@ def test_the_model_comes_back_as_it_was_and_equal_everywhere(tmp_path):
     every = distributed_run.make_data(50)[0].sum((1, 2, 3))
     np.testing.assert_allclose(sorted(first["seen"] + second["seen"]), np.sort(every), rtol=1e-5)
     assert first["written"] > 0 and second["written"] == 0
+
+
+def test_one_process_stops_all_and_they_go_on_together(tmp_path):
+    first, second = results(tmp_path, "stop", 2)
+    assert first["stopped"] == second["stopped"] and first["outcome"] == second["outcome"]
+    assert len(first["stopped"]["losses"]) == 3 and len(first["outcome"]["losses"]) == 4
+    assert first["log"] and not second["log"]
+    trainer = distributed_run.make_trainer(ema_decay=0.8)
+    distributed_run.fit(trainer, nb_epochs=4, scheduler=distributed_run.plateau(trainer), max_grad_norm=0.5)
+    one = distributed_run.outcome(trainer)
+    np.testing.assert_allclose(first["outcome"]["losses"], one["losses"], rtol=1e-4)
+    for name, value in one["state"].items():
+        np.testing.assert_allclose(first["outcome"]["state"][name], value, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
 def start_two(task, folder):
