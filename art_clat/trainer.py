@@ -125,15 +125,13 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         :param layers: What counts as one layer: ``"layer"``, ``"block"``, a list of module names and regular
                expressions, or :class:`art_clat.LayerOptions`.
         :param augmentation: Transform of one training image, shape (channels, height, width), on the network's device,
-               such as one of torchvision's ``transforms.v2``. It is applied to every image separately, before the
-               attack, and must keep within ``clip_values``. Criticality is measured on images without it.
+               such as one of torchvision's ``transforms.v2``, or :class:`art_clat.CropAndFlip`. It comes before the
+               attack and must keep within ``clip_values``. Criticality is measured without it.
         :param ema_decay: Average the weights over the steps of training with this decay, in (0, 1), e.g. 0.99. The
-               average is validated, and the network ends with it. The average of a frozen layer keeps moving until it
-               equals the layer's weights. `None` for no average.
+               average is validated, and the network ends with it. `None` for no average.
         :param reuse_perturbations: Begin each attack of the second stage where the last epoch's attack on the image
-               ended, and make so many steps of ε/2, at least 1; :class:`art_clat.ReuseOptions` also sets their size. An
-               image's first visit runs the full attack. `None`: the full attack in every epoch. ``"auto"``: one step
-               if perturbations can be reused, otherwise the full attack, and the log says why.
+               ended, and make so many steps of ε/2, at least 1, or as :class:`art_clat.ReuseOptions` says. ``"auto"``:
+               one step if perturbations can be reused; if not, the log says why. `None`: the full attack.
         :param performance: Mixed precision, compilation and memory format, :class:`art_clat.PerformanceOptions`.
         :param preset: Sets what is `None`. ``"default"``: ``"adversarial"``, ``"criticality"``, γ = 0, norms frozen.
                ``"paper"``: ``"clean"``, norms of chosen layers trained. ``"safer"``: ``"pgd_at"``, ``"sharpness"``,
@@ -143,8 +141,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         :raises TypeError: If `classifier` is not a ``PyTorchClassifier``, `attacks` are not evasion attacks, or an
                 option is of the wrong kind.
         :raises ValueError: If an option is out of its range; the classifier has no optimiser or no weighted layer; an
-                attack is targeted, bound to another classifier, or cannot climb the objective's inner loss; or `layers`
-                do not fit the network.
+                attack does not fit classifier or objective; or `layers` do not fit the network.
         """
         check_classifier(classifier, needs_optimizer=True)
         attack_list = check_attacks(attacks, classifier)
@@ -233,9 +230,8 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
                ``scheduler_step``, ``max_grad_norm``, ``resume``, ``drop_last`` and ``verbose``.
         :raises TypeError: If `kwargs` holds another option, `scheduler` is no scheduler, or the state of scheduler or
                 optimiser cannot be saved without pickle.
-        :raises ValueError: If the data are unusable, the optimiser does not hold a layer that may be chosen, the
-                schedule does not fit the run, the network is compiled or recomputes activations, or `checkpoint` holds
-                another run or a damaged file.
+        :raises ValueError: If the data are unusable, the optimiser does not hold a layer that may be chosen, schedule
+                or network do not fit, or `checkpoint` holds another run or a damaged file, or another run writes to it.
         :raises OSError: If `checkpoint` cannot be written to.
         :raises FloatingPointError: If the loss or its gradient is not finite; the last finite weights are restored.
                 This is checked after every batch, on a GPU after every fiftieth.
@@ -300,15 +296,8 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         with ranks.together():
             attacks = check_attacks(self.attacks, estimator)
             keeper = make_keeper(estimator, attacks, options=self.options, data=data, kept=kept, **parts)
-            loop = self.loop_class(
-                estimator=estimator,
-                attacks=attacks,
-                options=self.options,
-                batches=batches,
-                keeper=keeper,
-                said=self._said,
-                **parts,
-            )
+            more = {"batches": batches, "keeper": keeper, "said": self._said, **parts}
+            loop = self.loop_class(estimator=estimator, attacks=attacks, options=self.options, **more)
             with torch.enable_grad(), keeper.held():
                 loop.prepare()
                 self.history, self._kept = loop.history, kept

@@ -66,6 +66,7 @@ def explained(
         yield
     except FloatingPointError as error:
         optimizer.state.clear()  # it may not be finite either
+        also = f", `weight_perturbation` ({weight_perturbation:g})" if weight_perturbation else ""
         raise FloatingPointError(
             f"{error} in {where}. The last finite weights are restored. Probably the learning rate (now "
             f"{learning_rate:g}){also} or `criticality_weight` ({criticality_weight:g}) is too large: use a smaller "
