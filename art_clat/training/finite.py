@@ -61,7 +61,6 @@ def explained(
 ) -> Iterator[None]:
     """Say in the error of a :class:`FiniteGuard` where in the run it came, and what to do."""
     learning_rate = float(optimizer.param_groups[0]["lr"])
-    also = f", `weight_perturbation` ({weight_perturbation:g})" if weight_perturbation else ""
     try:
         yield
     except FloatingPointError as error:
