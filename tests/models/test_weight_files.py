@@ -54,6 +54,18 @@ def test_averages_are_taken_if_a_trainers_file_has_both(data, tmp_path):
     assert all(torch.equal(t, ended[name]) for name, t in model.state_dict().items())
 
 
+def test_the_last_good_weights_of_single_step_training_are_not_the_networks(data, tmp_path):
+    classifier = make_classifier(Normed())
+    attack = make_attack(classifier)
+    trainer = AdversarialTrainerCLATPyTorch(classifier, attack, warmup=1, first_stage="fgsm_rs", seed=0)
+    trainer.fit(*data, batch_size=16, nb_epochs=1, verbose=False, checkpoint=tmp_path)
+    assert any(name.startswith("good:") for name in load_file(tmp_path / "last.safetensors"))
+    model = Normed()
+    load_state_dict(model, tmp_path / "last.safetensors")
+    ended = classifier.model.state_dict()
+    assert all(torch.equal(t, ended[name]) for name, t in model.state_dict().items())
+
+
 def test_another_networks_weights_are_named_and_change_nothing(tmp_path):
     model = create_backbone("resnet10t", num_classes=5)
     there = create_backbone("resnet18", num_classes=5).state_dict()
