@@ -260,7 +260,7 @@ class Memory(Checkpoint):
 
     def _read(self, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         tensors, content = self._kept[path.name]
-        return {name: tensor.clone() for name, tensor in tensors.items()}, dict(content)
+        return dict(tensors), dict(content)
 
     def _write(self, path: Path, tensors: Mapping[str, torch.Tensor], content: Mapping[str, object]) -> None:
         self._kept[path.name] = tensors, content

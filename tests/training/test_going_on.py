@@ -79,6 +79,16 @@ def test_an_epoch_at_a_time_in_a_folder(tmp_path):
     assert_equal(given, expected)
 
 
+def test_a_plateau_does_not_count_the_last_validation_of_a_run_that_goes_on(tmp_path):
+    def scheduler(optimizer):
+        return lr.ReduceLROnPlateau(optimizer, mode="max", patience=1)
+
+    expected = fit(make(scheduler), 8, validate_every=2)
+    for nb_epochs in (1, 3, 5, 8):
+        given = fit(make(scheduler), nb_epochs, validate_every=2, checkpoint=tmp_path)
+    assert_equal(given, expected)
+
+
 def test_dropout_norms_and_the_best_epoch_survive_calls_that_resume():
     straight, run = (
         make(network=lambda: make_run()[0].classifier.model),
@@ -248,7 +258,9 @@ class TestStopped:
         assert not steps and again[0].history == history
         (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
         assert "was stopped by a callback in epoch" in line and "another `nb_epochs` than 5 goes on" in line
-        assert_equal(fit(make(), 6, checkpoint=tmp_path), fit(make(), 6))
+        longer, straight = make(), make()
+        assert_equal(fit(longer, 6, checkpoint=tmp_path), fit(straight, 6))
+        assert without_seconds(longer[0].history) == without_seconds(straight[0].history)
 
     def test_ends_with_the_average_and_restores_the_model(self):
         run, averages = make(ema_decay=0.5), []

@@ -375,14 +375,24 @@ class TestFitsTheRun:
         check(scheduler, 6, 4, step)
         assert not caplog.records
 
+    def test_a_length_in_epochs_stepped_by_an_odd_number_of_batches(self, caplog):
+        """It ends at the lowest learning rate, as whole cycles do."""
+        check(lambda o: lr.CosineAnnealingLR(o, 6), 6, 3, "batch")
+        assert "CosineAnnealingLR(T_max=6) has its lowest learning rate after 6 steps" in caplog.text
+        caplog.clear()
+        check(lambda o: lr.CosineAnnealingLR(o, 5), 5, 9, "epoch")
+        check(lambda o: lr.CosineAnnealingLR(o, 15), 5, 9, "batch")
+        assert not caplog.records
+
     @pytest.mark.parametrize("total", range(1, 9))
-    @pytest.mark.parametrize("milestone", [None, 2])
-    def test_what_is_certain_to_fail_is_refused(self, total, milestone):
+    @pytest.mark.parametrize("place", ["alone", "last", "first"])
+    def test_what_is_certain_to_fail_is_refused(self, total, place):
         def scheduler(optimizer):
-            if milestone is None:
-                return lr.OneCycleLR(optimizer, 0.1, total_steps=total)
-            first = lr.ConstantLR(optimizer)
-            return lr.SequentialLR(optimizer, [first, lr.OneCycleLR(optimizer, 0.1, total_steps=total)], [milestone])
+            one_cycle = lr.OneCycleLR(optimizer, 0.1, total_steps=total)
+            if place == "alone":
+                return one_cycle
+            parts = [one_cycle, lr.ConstantLR(optimizer)] if place == "first" else [lr.ConstantLR(optimizer), one_cycle]
+            return lr.SequentialLR(optimizer, parts, [4 if place == "first" else 2])
 
         try:
             expected_rates(scheduler, 6)
