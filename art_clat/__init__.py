@@ -1,15 +1,17 @@
 """CLAT, Criticality-Leveraged Adversarial Training (arXiv 2408.10204), for the Adversarial Robustness Toolbox."""
 
-from art_clat.config import Budget, FitOptions, LayerOptions, PerformanceOptions, SelectionOptions
+from art_clat.config import Budget, FitOptions, LayerOptions, PerformanceOptions, ReuseOptions, SelectionOptions
 from art_clat.layers.layer import Layer
 from art_clat.leaderboard.entries import write_robustbench_entry
 from art_clat.models.backbones import create_backbone
+from art_clat.models.two_logits import TwoLogits
 from art_clat.robustness.evaluate import evaluate_robustness
 from art_clat.robustness.report import RobustnessReport
 from art_clat.selection.candidates import Candidates
 from art_clat.selection.criticality import Criticality, LayerCriticality, measure_criticality
 from art_clat.selection.rules import list_selection_rules, register_selection_rule
 from art_clat.trainer import AdversarialTrainerCLATPyTorch
+from art_clat.training.augmentation import CropAndFlip
 from art_clat.training.callbacks import Callback, CSVLog, RunEvent, TensorBoardLog
 from art_clat.training.history import EpochRecord, History, SelectionRecord
 from art_clat.training.loop import TrainingLoop
@@ -37,6 +39,7 @@ __all__ = [
     "Candidates",
     "CleanCLAT",
     "Criticality",
+    "CropAndFlip",
     "EpochRecord",
     "FitOptions",
     "History",
@@ -45,12 +48,14 @@ __all__ = [
     "LayerOptions",
     "Objective",
     "PerformanceOptions",
+    "ReuseOptions",
     "RobustnessReport",
     "RunEvent",
     "SelectionOptions",
     "SelectionRecord",
     "TensorBoardLog",
     "TrainingLoop",
+    "TwoLogits",
     "create_backbone",
     "evaluate_robustness",
     "list_objectives",

@@ -12,7 +12,9 @@ from fractions import Fraction
 from pathlib import Path
 
 import art_clat
+from art_clat.models.class_order import ORDERS
 from art_clat.models.datasets import DATASETS
+from art_clat.models.weight_files import WEIGHTS
 from art_clat.robustness.autoattack import VERSIONS
 
 EVALUATE = """
@@ -127,6 +129,7 @@ def _add_evaluate(sub: argparse.ArgumentParser) -> None:
     add = sub.add_argument
     add("--model", required=True, help="a timm name, a RobustBench model id, module:function or file.py:function")
     add("--checkpoint", type=Path, help="weights: .safetensors, or a state_dict of torch.save")
+    add("--weights", choices=WEIGHTS, help="which weights of a checkpoint that has both; the average by default")
     add("--model-dir", type=Path, default=Path("models"), help="where RobustBench keeps its models' weights")
     add("--dataset", required=True, help=f"{', '.join(DATASETS)}, an image folder, or an .npz file with x and y")
     add("--data-dir", type=Path, default=Path("data"), help="where CIFAR or ImageNet is")
@@ -135,11 +138,18 @@ def _add_evaluate(sub: argparse.ArgumentParser) -> None:
         help="how to resize the images of ImageNet or of a folder, by RobustBench's name; the default for ImageNet is "
         "RobustBench's own choice for its models, and Res256Crop224 for others",
     )
+    add("--class-order", choices=ORDERS, help="how an image folder's folders are sorted: torchvision's way, or timm's")
+    add("--class-map", type=Path, help="which class a folder is: a name a line, or JSON")
     add("--num-classes", type=int, help="if the data do not say")
     add("--n-examples", type=int, help="number of examples; all by default")
     add("--norm", choices=("Linf", "L2", "L1"), default="Linf")
     add("--eps", type=fraction, required=True, help="for images in [0, 1]: 8/255, 0.5")
-    add("--version", choices=(*VERSIONS, "none"), default="standard", help="AutoAttack's; none leaves AutoAttack out")
+    add(
+        "--version",
+        choices=(*VERSIONS, "none"),
+        default="standard",
+        help="AutoAttack's; few-classes for 2 or 3 classes; none leaves it out",
+    )
     add("--pgd-steps", type=int, default=20)
     add("--pgd-restarts", type=int, default=1)
     add("--transfer-from", help="another model; its adversarial examples are tried on this one")
@@ -151,9 +161,10 @@ def _add_evaluate(sub: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(values: dict[str, object], command: str) -> None:
-    from art_clat.robustness.by_name import NamedEvaluation, evaluate_by_name
+    from art_clat.robustness.by_name import READING, NamedEvaluation, evaluate_by_name
 
     logging.basicConfig(format="%(message)s")  # the console, for the evaluation's log
+    logging.getLogger(READING).setLevel(logging.INFO)
     if values["version"] == "none":
         values["version"] = None
     report = evaluate_by_name(NamedEvaluation(**values), command=command)  # type: ignore[arg-type]

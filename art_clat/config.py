@@ -81,13 +81,14 @@ class SelectionOptions:
 
     :param rule: ``"criticality"`` (the paper's), another name of :func:`art_clat.list_selection_rules`, a function of
            :class:`art_clat.Candidates` that returns one score a layer, or names of layers that are always chosen.
-    :param samples: Number of training samples that a selection measures, at least 1; they are drawn once a run.
+    :param samples: Number of training samples that a selection measures, at least 1; they are drawn once a run. `None`:
+           1024, or as many as a third of an epoch's time allows, if that is fewer.
     :raises TypeError: If `rule` is none of these.
     :raises ValueError: If `samples` is out of its range.
     """
 
     rule: RuleLike = "criticality"
-    samples: int = 1024
+    samples: int | None = None
 
     def __post_init__(self) -> None:
         names = isinstance(self.rule, (list, tuple)) and self.rule and all(isinstance(n, str) for n in self.rule)
@@ -95,7 +96,8 @@ class SelectionOptions:
             raise TypeError(
                 f"`selection` must be the name of a rule, a list of layer names, or a function, got {self.rule!r}."
             )
-        check_whole(self.samples, 1, argument="samples")
+        if self.samples is not None:
+            check_whole(self.samples, 1, argument="samples")
 
     @classmethod
     def of(cls, selection: SelectionOptions | RuleLike) -> SelectionOptions:
@@ -115,21 +117,24 @@ class Budget:
     """
     How many layers are chosen: a share of them, a number, or as many as fit into a share of the parameters.
 
-    Pass exactly one of the three.
+    Pass exactly one of `share`, `count` and `parameter_share`.
 
     :param share: Share of all layers, in (0, 1], rounded; at least one layer.
     :param count: Number of layers, at least 1.
-    :param parameter_share: Share of the network's scalar parameters, in (0, 1]. Layers are taken from the best
-           downwards; one that would exceed the share is passed over.
+    :param parameter_share: Share of the network's scalar parameters, in (0, 1], to within a tenth of it. A layer that
+           exceeds it by itself is passed over. Of the others, the best are taken until one does not fit.
+    :param fill: Pass over every layer that does not fit into what is left of `parameter_share`, to within nothing, and
+           go on with worse ones.
     :raises ValueError: If none or several are given, or one is out of its range.
     """
 
     share: float | None = None
     count: int | None = None
     parameter_share: float | None = None
+    fill: bool = False
 
     def __post_init__(self) -> None:
-        given = {name: value for name, value in vars(self).items() if value is not None}
+        given = {name: value for name, value in vars(self).items() if value is not None and name != "fill"}
         if len(given) != 1:
             raise ValueError(f"`Budget` takes exactly one of share, count and parameter_share, got {given or 'none'}.")
         for name, value in given.items():
@@ -137,6 +142,8 @@ class Budget:
                 check_whole(value, 1, argument=name)
             else:
                 check_share(value, argument=name)
+        if self.fill and self.parameter_share is None:
+            raise ValueError(f"`fill` needs `parameter_share`, got {name}={value!r}.")
 
     @classmethod
     def of(cls, budget: Budget | float) -> Budget:
@@ -147,8 +154,9 @@ class Budget:
         return cls(share=budget)
 
     def __str__(self) -> str:
-        ((name, value),) = ((name, value) for name, value in vars(self).items() if value is not None)
-        return f"{name}={value:g}"
+        given = {name: value for name, value in vars(self).items() if value is not None and name != "fill"}
+        ((name, value),) = given.items()
+        return f"{name}={value:g}" + ", fill=True" * self.fill
 
 
 @dataclass(frozen=True)
@@ -166,6 +174,38 @@ class PerformanceOptions:
     amp: bool = False
     compile: bool = False
     channels_last: bool = False
+
+
+@dataclass(frozen=True)
+class ReuseOptions:
+    """
+    How an attack goes on from the perturbation that it found for the same image in the last epoch.
+
+    :param steps: Number of steps, at least 1.
+    :param step_size: Size of a step, in units of the input, above 0; `None` for ε/2.
+    :param required: Refuse a run whose perturbations cannot be reused. Otherwise the full attack is run, and the log
+           says why.
+    :raises ValueError: If a value is out of its range.
+    """
+
+    steps: int = 1
+    step_size: float | None = None
+    required: bool = True
+
+    def __post_init__(self) -> None:
+        check_whole(self.steps, 1, argument="reuse_perturbations")
+        if self.step_size is not None and not (is_number(self.step_size) and 0 < self.step_size < float("inf")):
+            raise ValueError(f"`step_size` must be a number above 0, or None, got {self.step_size!r}.")
+
+    @classmethod
+    def of(cls, reuse: ReuseOptions | int | str | None) -> ReuseOptions | None:
+        """Return the options; shorthand is a number of steps, or ``"auto"``."""
+        if reuse is None or isinstance(reuse, ReuseOptions):
+            return reuse
+        if isinstance(reuse, str):
+            check_choice(reuse, ("auto",), argument="reuse_perturbations")
+            return cls(required=False)
+        return cls(steps=reuse)
 
 
 #: Values of what the paper leaves open, by preset. "default" was chosen on validation images, see
@@ -196,6 +236,7 @@ class TrainerOptions:
     layers: LayerOptions
     augmentation: Callable[[torch.Tensor], torch.Tensor] | None
     ema_decay: float | None
+    reuse_perturbations: ReuseOptions | None
     performance: PerformanceOptions
     seed: int | None
 
@@ -318,7 +359,7 @@ def preset_values(preset: str, objective: str | None, layers: LayerOptions) -> t
 def _plain(value: object) -> Any:
     """Turn an option into something that JSON can hold and that is equal in every process."""
     if isinstance(
-        value, (LayerOptions, SelectionOptions, Budget, PerformanceOptions)
+        value, (LayerOptions, SelectionOptions, Budget, ReuseOptions, PerformanceOptions)
     ):  # users' objects stay as they are
         return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, (list, tuple)):

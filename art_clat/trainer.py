@@ -21,6 +21,7 @@ from art_clat.config import (
     Granularity,
     LayerOptions,
     PerformanceOptions,
+    ReuseOptions,
     RuleLike,
     SelectionOptions,
     TrainerOptions,
@@ -30,13 +31,14 @@ from art_clat.layers.groups import find_groups
 from art_clat.models.checks import check_attacks, check_classifier, check_data
 from art_clat.models.tensor_classifier import TensorClassifier
 from art_clat.selection.rules import as_rule
-from art_clat.training.checks import check_inner_attacks, check_validation
+from art_clat.training.checks import check_inner_attacks, check_loss, check_validation
 from art_clat.training.data import ArrayBatches, Batches, GeneratorBatches
 from art_clat.training.history import History
 from art_clat.training.loop import TrainingLoop
 from art_clat.training.objectives import find_objective
 from art_clat.training.schedule import Schedule
 from art_clat.training.setup import make_keeper
+from art_clat.utils.checks import check_not_in_inference_mode
 from art_clat.utils.processes import Ranks
 
 Arrays = tuple[npt.NDArray[np.floating], npt.NDArray[np.generic]]
@@ -89,6 +91,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         layers: LayerOptions | Granularity = "layer",
         augmentation: Callable[[torch.Tensor], torch.Tensor] | None = None,
         ema_decay: float | None = None,
+        reuse_perturbations: ReuseOptions | int | str | None = None,
         performance: PerformanceOptions = PerformanceOptions(),
         preset: str = "default",
         seed: int | None = None,
@@ -126,6 +129,10 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         :param ema_decay: Average the weights over the steps of training with this decay, in (0, 1), e.g. 0.99. The
                average is validated, and the network ends with it. The average of a frozen layer keeps moving until it
                equals the layer's weights. `None` for no average.
+        :param reuse_perturbations: Begin each attack of the second stage where the last epoch's attack on the image
+               ended, and make so many steps of ε/2, at least 1; :class:`art_clat.ReuseOptions` also sets their size. An
+               image's first visit runs the full attack. `None`: the full attack in every epoch. ``"auto"``: one step
+               if perturbations can be reused, otherwise the full attack, and the log says why.
         :param performance: Mixed precision, compilation and memory format, :class:`art_clat.PerformanceOptions`.
         :param preset: Sets `objective` and ``layers.freeze_norms`` if they are `None`. ``"default"``: ``"adversarial"``
                and frozen norms, which helped on validation images. ``"paper"``: ``"clean"``, norms of chosen layers
@@ -155,6 +162,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
             layers=layer_options,
             augmentation=augmentation,
             ema_decay=ema_decay,
+            reuse_perturbations=ReuseOptions.of(reuse_perturbations),
             performance=performance,
             seed=seed,
         )
@@ -278,11 +286,10 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
 
     def _run(self, fit: FitOptions, batches: Batches, data: Any, validation_data: object, scheduler: Scheduler) -> None:
         """Run the training loop; its record is kept even if it raises. `data` are `None` for a generator."""
-        estimator, has_validation = self._classifier, validation_data is not None
-        schedule = Schedule.of(
-            scheduler, estimator.optimizer, fit=fit, nb_batches=batches.nb_batches, has_validation=has_validation
-        )
+        check_not_in_inference_mode("fit")
+        check_loss(estimator := self._classifier)
         validation = check_validation(estimator, validation_data)
+        schedule = Schedule.of(scheduler, estimator.optimizer, fit, batches.nb_batches, validation is not None)
         ranks = Ranks.join(torch.device(estimator.device))
         kept = self._kept if fit.resume and fit.checkpoint is None else None
         parts: dict[str, Any] = {"fit": fit, "validation": validation, "schedule": schedule, "ranks": ranks}
@@ -292,6 +299,7 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
             loop = self.loop_class(
                 estimator=estimator, attacks=attacks, options=self.options, batches=batches, keeper=keeper, **parts
             )
-            loop.prepare()
-            self.history, self._kept = loop.history, kept
-            loop.run()
+            with torch.enable_grad(), keeper.held():
+                loop.prepare()
+                self.history, self._kept = loop.history, kept
+                loop.run()

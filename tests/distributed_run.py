@@ -13,7 +13,15 @@ from conftest import NB_CLASSES, Chain, ForeignBatchNorm, Normed, make_attack, m
 from torch import nn
 from torchvision.transforms import v2
 
-from art_clat import AdversarialTrainerCLATPyTorch, Callback, CSVLog, LayerOptions, PerformanceOptions, SelectionOptions
+from art_clat import (
+    AdversarialTrainerCLATPyTorch,
+    Callback,
+    CropAndFlip,
+    CSVLog,
+    LayerOptions,
+    PerformanceOptions,
+    SelectionOptions,
+)
 from art_clat.training import checkpoint
 from art_clat.utils.processes import Ranks, _leave
 
@@ -29,6 +37,10 @@ CONFIGURATIONS = {
         {},
     ),
     "a share of odd batches, several layers": ({"ratio": 0.6, "budget": 0.5}, {"batch_size": 15, "max_grad_norm": 0.3}),
+    "reused perturbations of a share of moved images": (
+        {"reuse_perturbations": 1, "ratio": 0.6, "augmentation": CropAndFlip(1)},
+        {"batch_size": 15},
+    ),
     # Not TRADES: its attack begins where the gradient is near zero, so rounding decides the sign.
     "rivals": (
         {"first_stage": "mart", "objective": "mart", "selection": "module_robustness_highest", "ema_decay": 0.8},

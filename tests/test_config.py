@@ -29,7 +29,7 @@ def make_trainer(chain, **options):
 @pytest.mark.parametrize(
     ("short", "whole"),
     [
-        ({"selection": "random"}, {"selection": SelectionOptions("random", 1024)}),
+        ({"selection": "random"}, {"selection": SelectionOptions("random", None)}),
         ({"selection": ["first"]}, {"selection": SelectionOptions(["first"])}),
         ({"budget": 0.2}, {"budget": Budget(share=0.2)}),
         ({"layers": ["hidden"]}, {"layers": LayerOptions(["hidden"])}),

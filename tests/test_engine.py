@@ -10,7 +10,7 @@ import pytest
 import torch
 from art.attacks.evasion import ProjectedGradientDescent
 from art.estimators.classification import PyTorchClassifier
-from conftest import INPUT_SHAPE, Chain, make_attack, make_classifier, observe
+from conftest import INPUT_SHAPE, Chain, make_attack, make_classifier, make_data, observe
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
@@ -19,15 +19,18 @@ import art_clat.utils.batch
 from art_clat import (
     AdversarialTrainerCLATPyTorch,
     Batch,
+    Budget,
     LayerOptions,
     PerformanceOptions,
+    SelectionOptions,
     create_backbone,
 )
 from art_clat.attacks.ascent import Ascent
 from art_clat.attacks.balls import LinfBall
 from art_clat.attacks.tensor_attack import TensorAttack
 from art_clat.models.tensor_classifier import TensorClassifier, channels_last
-from art_clat.training.data import ArrayBatches, augment
+from art_clat.training.augmentation import augment
+from art_clat.training.data import ArrayBatches
 from art_clat.training.finite import FiniteGuard
 from art_clat.training.objectives import AdversarialCLAT, CleanCLAT
 from art_clat.utils.processes import Part, Ranks
@@ -238,10 +241,10 @@ class TestAugmentation:
     def test_does_not_depend_on_the_share(self, draw):
         x = torch.rand(9, 3, 4, 4)
         y = torch.arange(9)
-        whole = augment(draw, Batch.whole(x, y), 7, 1).x
-        share = augment(draw, Batch(x[3:6], y[3:6], Part(9, slice(3, 6))), 7, 1)
+        whole = augment(draw, Batch.whole(x, y), 7, 1, 0).x
+        share = augment(draw, Batch(x[3:6], y[3:6], Part(9, slice(3, 6))), 7, 1, 0)
         assert torch.equal(share.x, whole[3:6]) and torch.equal(share.y, y[3:6])
-        assert not torch.equal(augment(draw, Batch.whole(x, y), 7, 2).x, whole)
+        assert not torch.equal(augment(draw, Batch.whole(x, y), 7, 1, 1).x, whole)
 
     def test_another_shape_is_refused(self, chain, data):
         trainer = make_trainer(make_classifier(chain), augmentation=v2.CenterCrop(4))
@@ -259,6 +262,29 @@ def weights_after(data, model, **kwargs):
     return trainer
 
 
+@pytest.mark.parametrize("reuse", [None, 1])
+@pytest.mark.parametrize("steps", [2, 10])
+def test_a_selection_takes_at_most_a_third_of_an_epoch(chain, steps, reuse):
+    counted = {"select": [], "train_epoch": []}
+
+    def count(name):
+        def run(loop, method, *args):
+            with FlopCounterMode(display=False) as counter:
+                result = method(*args)
+            counted[name].append(counter.get_total_flops())
+            return result
+
+        return run
+
+    trainer = make_trainer(make_classifier(chain), reselect_every=2, budget=Budget(count=3), reuse_perturbations=reuse)
+    trainer.attacks[0].set_params(max_iter=steps)
+    observe(trainer, **{name: count(name) for name in counted})
+    trainer.fit(*make_data(1200), nb_epochs=3, **QUIET)
+    assert 0.1 < counted["select"][1] / counted["train_epoch"][2] < 0.4
+    trainer.fit(*make_data(40_000), nb_epochs=1, **QUIET)
+    assert [s.measured.nb_samples for s in trainer.history.selections] == [1024]
+
+
 class TestOptions:
     @pytest.mark.parametrize("objective", ["adversarial", "clean"])
     def test_channels_last_is_the_same_but_for_rounding(self, normed, data, objective):
@@ -273,7 +299,7 @@ class TestOptions:
         ]
         losses = [[record.loss for record in trainer.history.epochs] for trainer in trainers]
         np.testing.assert_allclose(*losses, rtol=1e-3)
-        assert all(formats[4:])  # after the layers were found
+        assert all(formats[6:])  # after the layers were found
         assert all(p.is_contiguous() for p in models[1].parameters())
 
     def test_channels_last_applies_to_the_momentum_too(self, normed, data):
@@ -352,8 +378,9 @@ class TestOptions:
 
         monkeypatch.setattr(torch, "compile", fake)
         other = copy.deepcopy(chain)
-        trainer = weights_after(data, chain, performance=PerformanceOptions(compile=True))
-        plain = weights_after(data, other)
+        selection = SelectionOptions(samples=48)
+        trainer = weights_after(data, chain, performance=PerformanceOptions(compile=True), selection=selection)
+        plain = weights_after(data, other, selection=selection)
         assert compiled == [3 * 3 * 4 + 2 * 3 * 4]  # epochs × batches × steps, and two selections
         assert [r.loss for r in trainer.history.epochs] == [r.loss for r in plain.history.epochs]
 

@@ -114,7 +114,10 @@ class TestInterfaceOfART:
             return [1.0] * len(candidates.layers)
 
         trainer = make_trainer(
-            make_classifier(chain), selection=rule, augmentation=lambda image: image.mul_(0.5), reselect_every=1
+            make_classifier(chain),
+            selection=SelectionOptions(rule, samples=48),
+            augmentation=lambda image: image.mul_(0.5),
+            reselect_every=1,
         )
         trainer.fit_generator(NumpyDataGenerator(*data, batch_size=16), nb_epochs=2, **QUIET)
         assert means[0] == means[1] == pytest.approx(data[0].mean(), rel=1e-5)
@@ -199,7 +202,7 @@ class TestInterfaceOfART:
         before = snapshot(chain)
         make_trainer(classifier, warmup=1).fit(*data, nb_epochs=2, **QUIET)
         assert moved(chain, before)
-        with pytest.raises(ValueError, match="preprocessing is PyTorch's"):
+        with pytest.raises(ValueError, match="cannot here: the classifier's preprocessing is not PyTorch's"):
             make_trainer(classifier, objective="clean")
 
     def test_scheduler_steps_once_an_epoch(self, chain, data):
@@ -553,7 +556,8 @@ class TestArgumentsArrive:
                 return super().generate(x, y, **kwargs)
 
         attack = Recording(classifier, eps=0.1, eps_step=0.05, max_iter=2, verbose=False)
-        make_trainer(classifier, attack, ratio=0.5, warmup=1).fit(*data, batch_size=16, nb_epochs=2, **QUIET)
+        trainer = make_trainer(classifier, attack, ratio=0.5, warmup=1, selection=SelectionOptions(samples=48))
+        trainer.fit(*data, batch_size=16, nb_epochs=2, **QUIET)
         assert len(seen) == 2 * 24 + 48 and all(seen)
 
     def test_first_attack_measures_and_validates(self, chain, data):
@@ -882,7 +886,7 @@ class TestBadInput:
             AdversarialTrainerCLATPyTorch(classifier, [])
         with pytest.raises(TypeError, match="`attacks` must be an ART EvasionAttack"):
             AdversarialTrainerCLATPyTorch(classifier, [chain])
-        with pytest.raises(ValueError, match="got DeepFool"):
+        with pytest.raises(ValueError, match="cannot here: DeepFool is not of the PGD family"):
             AdversarialTrainerCLATPyTorch(classifier, DeepFool(classifier), objective="clean")
 
     @pytest.mark.parametrize(

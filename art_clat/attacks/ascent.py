@@ -71,6 +71,11 @@ class Ascent:
         """Return the single-step form: one step of size ε from a random start, as in "CLAT (fast)"."""
         return replace(self, step=self.ball.eps, nb_steps=1, random_start=True, decay=None)
 
+    def continued(self, nb_steps: int, step: float | torch.Tensor | None) -> Ascent:
+        """Return the form that goes on from an earlier perturbation, with steps of size ε/2 if `step` is `None`."""
+        step_size = self.ball.eps / 2 if step is None else step
+        return replace(self, step=step_size, nb_steps=nb_steps, random_start=False, decay=None)
+
 
 def climb_in_chunks(
     ascent: Ascent, loss_on: Callable[[Batch], Loss], batch: Batch, start: torch.Tensor

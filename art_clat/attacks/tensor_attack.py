@@ -38,6 +38,22 @@ class TensorAttack:
         """The attack's ball and steps with its current settings; `None` if the attack runs through ``generate``."""
         return _read_ascent(self.attack, self.classifier) if self.classifier.is_differentiable else None
 
+    @property
+    def why_generate(self) -> str | None:
+        """Why the attack runs through its ``generate``; `None` if it does not."""
+        if not self.classifier.is_differentiable:
+            return "the classifier's preprocessing is not PyTorch's"
+        return _why_generate(self.attack, self.classifier)
+
+    @property
+    def eps(self) -> float | torch.Tensor:
+        """
+        The radius of the attack's ball, in units of the input.
+
+        :raises ValueError: If the attack runs through ``generate``.
+        """
+        return self._required_ascent.ball.eps
+
     def __call__(self, batch: Batch) -> torch.Tensor:
         """
         Perturb a batch so that the classifier's loss on its labels grows. The network runs in evaluation mode.
@@ -107,6 +123,31 @@ class TensorAttack:
         with self.classifier.attacked():
             return climb_in_chunks(ascent, loss_on, batch, start)
 
+    def go_on(
+        self,
+        loss_on: Callable[[Batch], Loss],
+        batch: Batch,
+        delta: torch.Tensor,
+        *,
+        nb_steps: int,
+        step: float | torch.Tensor | None,
+    ) -> torch.Tensor:
+        """
+        Climb a loss from earlier perturbations, which are brought into the ball first.
+
+        :param loss_on: As in :meth:`climb`.
+        :param batch: The clean samples, the centres of the balls.
+        :param delta: The earlier perturbations, shape of ``batch.x``.
+        :param nb_steps: Number of steps.
+        :param step: Their size, in units of the input; `None` for ε/2.
+        :return: Perturbed inputs, shape of ``batch.x``, detached.
+        :raises ValueError: If the attack runs through ``generate``.
+        """
+        ascent = self._required_ascent.continued(nb_steps, step)
+        start = ascent.ball.clip(batch.x + ascent.ball.project(delta))
+        with self.classifier.attacked():
+            return climb_in_chunks(ascent, loss_on, batch, start)
+
     def _output_loss(self, batch: Batch) -> Loss:
         return self.classifier.loss_on(batch.y)
 
@@ -115,8 +156,8 @@ class TensorAttack:
         ascent = self.ascent
         if ascent is None:
             raise ValueError(
-                f"{type(self.attack).__name__} runs through its `generate`, which cannot climb another loss; "
-                "ProjectedGradientDescent and FastGradientMethod can."
+                f"{type(self.attack).__name__} runs through its `generate`, which cannot climb another loss: "
+                f"{self.why_generate}."
             )
         return ascent
 
@@ -131,24 +172,38 @@ class TensorAttack:
         return torch.as_tensor(np.asarray(arrays, np.float32), device=batch.x.device)
 
 
+BALLS: dict[float, type[LinfBall | L2Ball | L1Ball]] = {np.inf: LinfBall, 2.0: L2Ball, 1.0: L1Ball}
+
+
+def _why_generate(attack: EvasionAttack, classifier: TensorClassifier) -> str | None:
+    """Return why the steps of an ART attack are not known here; `None` if they are."""
+    name = type(attack).__name__
+    is_fgm = type(attack) is FastGradientMethod
+    if not (is_fgm or isinstance(attack, (ProjectedGradientDescent, ProjectedGradientDescentPyTorch))):
+        return f"{name} is not of the PGD family"
+    if type(attack).__module__.split(".")[0] != "art":
+        return f"{name} is a subclass from elsewhere, which may override anything"
+    if classifier.estimator.is_rnn:
+        return "the network is recurrent"
+    if attack.estimator is not classifier.estimator:
+        return f"{name} has a classifier of its own, with another loss or other clip values"
+    for option in ("random_eps", "minimal"):
+        if getattr(attack, option, False):
+            return f"{name} has `{option}=True`"
+    if is_fgm and attack.num_random_init > 1:
+        return f"{name} has `num_random_init` above 1"
+    if float(attack.norm) not in BALLS:
+        return f"its norm is {attack.norm}, not inf, 2 or 1"
+    if np.ndim(attack.eps) > 0 and float(attack.norm) != np.inf:
+        return "it has an `eps` for each element in another norm than inf"
+    return None
+
+
 def _read_ascent(attack: EvasionAttack, classifier: TensorClassifier) -> Ascent | None:
     """Read an ART attack's ball and steps; `None` if it must run through its ``generate``."""
-    is_pgd = isinstance(attack, (ProjectedGradientDescent, ProjectedGradientDescentPyTorch))
-    is_fgm = type(attack) is FastGradientMethod
-    # A subclass from elsewhere may override anything.
-    is_from_art = type(attack).__module__.split(".")[0] == "art"
-    if not (is_pgd or is_fgm) or not is_from_art or classifier.estimator.is_rnn:
+    if _why_generate(attack, classifier) is not None:
         return None
-    if attack.estimator is not classifier.estimator:  # which may have another loss or other clip values
-        return None
-    if getattr(attack, "random_eps", False) or getattr(attack, "minimal", False):
-        return None
-    if is_fgm and attack.num_random_init > 1:
-        return None
-    balls: dict[float, type[LinfBall | L2Ball | L1Ball]] = {np.inf: LinfBall, 2.0: L2Ball, 1.0: L1Ball}
-    ball = balls.get(float(attack.norm))
-    if ball is None or (np.ndim(attack.eps) > 0 and ball is not LinfBall):
-        return None
+    is_pgd, ball = type(attack) is not FastGradientMethod, BALLS[float(attack.norm)]
 
     def in_float32(value: object) -> float | torch.Tensor:
         array = np.asarray(value, np.float32)

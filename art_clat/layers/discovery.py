@@ -11,6 +11,7 @@ from torch import nn
 
 from art_clat.config import Granularity
 from art_clat.layers.groups import Group, find_groups, outermost
+from art_clat.layers.heads import find_heads
 from art_clat.layers.kinds import is_norm, weighted_modules
 from art_clat.layers.layer import Layer, Site
 from art_clat.layers.weight_uses import ELEMENTWISE, PRODUCTS, WeightUses, tensors_in
@@ -41,8 +42,8 @@ def find_layers(
     :param after_norm: Take a layer's feature after its norm instead of after its weighted module, if in every call the
            norm runs on this layer's output and on nothing else.
     :param granularity: What counts as one layer, see :func:`art_clat.layers.groups.find_groups`.
-    :return: The layers. The last one is marked as the head, and so is each layer that a timm model names as its
-             classifier. A larger layer that contains a head is a head.
+    :return: The layers. Each whose output reaches the logits through no other is marked as a head, and so is each that
+             a timm model names as its classifier. A larger layer that contains a head is a head.
     :raises ValueError: If no weighted layer runs, or `granularity` does not fit the network.
     """
     groups = find_groups(model, granularity)
@@ -62,7 +63,8 @@ def find_layers(
             "`classifier.model` has no weighted layer: no module with a weight of two or more dimensions "
             "(convolution, linear, ...) ran in its forward pass."
         )
-    layers = _mark_head(layers, model)
+    weights = {layer.modules[0]: large.records[layer.modules[0]].weight for layer in layers}
+    layers = _mark_heads(layers, model, find_heads(model, forward, weights))
     return layers if groups is None else _larger_layers(groups, layers, small, large, strict=granularity != "block")
 
 
@@ -256,8 +258,8 @@ def _larger_layers(
     return sorted(layers, key=lambda layer: large.records[layer.output.module].last)
 
 
-def _mark_head(layers: list[Layer], model: nn.Module) -> list[Layer]:
-    """Mark the last layer as the head, and all that a timm model names as its classifier (a distilled one has two)."""
+def _mark_heads(layers: list[Layer], model: nn.Module, heads: set[nn.Module]) -> list[Layer]:
+    """Mark the heads, the last layer if none is known, and all that a timm model names as its classifier."""
     named: set[nn.Module] = set()
     for module in model.modules():
         get_classifier = getattr(module, "get_classifier", None)
@@ -265,8 +267,9 @@ def _mark_head(layers: list[Layer], model: nn.Module) -> list[Layer]:
             classifier = get_classifier()
             named.update(classifier if isinstance(classifier, (tuple, list)) else [classifier])
     last = layers[-1]
+    heads = heads or {last.modules[0]}
     return [
-        replace(layer, is_head=layer is last or (layer.modules[0] in named and layer.shape == last.shape))
+        replace(layer, is_head=layer.modules[0] in heads or (layer.modules[0] in named and layer.shape == last.shape))
         for layer in layers
     ]
 

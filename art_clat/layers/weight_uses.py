@@ -28,10 +28,11 @@ _ARRANGEMENTS = {
 #: Functions that use a weight as a table of biases or as a scale. If the result has the weight's shape, it is still a
 #: weight.
 ELEMENTWISE = {"add", "radd", "iadd", "sub", "rsub", "isub", "mul", "rmul", "imul", "div", "truediv", "rdiv", "addcmul"}
+ELEMENTWISE |= {"normalize"}
 
 #: Called with the function's name, the parameters it takes, the first tensor of data among its arguments (or `None`),
-#: and its result.
-OnUse = Callable[[str, "list[nn.Parameter]", "torch.Tensor | None", object], None]
+#: and its result. What it returns takes the result's place, unless it is `None`.
+OnUse = Callable[[str, "list[nn.Parameter]", "torch.Tensor | None", object], object]
 
 
 class WeightUses(TorchFunctionMode):
@@ -77,7 +78,8 @@ class WeightUses(TorchFunctionMode):
                 for tensor in made:
                     self._made_of.setdefault(id(tensor), (tensor, used))
             else:
-                self._on_use(name, used, data[0] if data else None, output)
+                replacement = self._on_use(name, used, data[0] if data else None, output)
+                output = output if replacement is None else replacement
         return output
 
 

@@ -100,6 +100,11 @@ def _check_entry(report: RobustnessReport, *, model_id: str, dataset: str) -> No
     """Refuse a report that RobustBench has no entries for, and names that no file can have."""
     if report.autoattack_accuracy is None:
         raise ValueError("`report` has no AutoAttack result, which RobustBench's entries consist of.")
+    if report.autoattack_version == "few-classes":
+        raise ValueError(
+            "`report`: its attacks are AutoAttack's parts for few classes, not AutoAttack, and RobustBench has no "
+            "entries for that."
+        )
     if report.norm not in ("Linf", "L2"):
         raise ValueError(f"`report`: RobustBench has entries for Linf and L2, got {report.norm}.")
     for argument, value in (("model_id", model_id), ("dataset", dataset)):

@@ -32,6 +32,7 @@ def load_model(
     input_size: tuple[int, int, int],
     checkpoint: str | os.PathLike[str] | None = None,
     model_dir: str | os.PathLike[str] = "models",
+    weights: str | None = None,
 ) -> nn.Module | PyTorchClassifier:
     """
     Load a network in evaluation mode.
@@ -45,6 +46,8 @@ def load_model(
     :param input_size: Channels, height and width of the images, for timm's models.
     :param checkpoint: A file of weights, see :func:`art_clat.models.weight_files.load_state_dict`.
     :param model_dir: Where RobustBench keeps the weights of its models, and downloads them to.
+    :param weights: Which of the checkpoint's weights to read, ``"average"`` or ``"raw"``; `None` for the average if
+           there is one.
     :return: The network or classifier.
     :raises ValueError: If there is no such model, or the weights are of another one.
     :raises OSError: If a file is missing and cannot be downloaded.
@@ -59,7 +62,7 @@ def load_model(
         loaded = _from_robustbench(name, dataset, norm, None if checkpoint is not None else Path(model_dir))
     network: nn.Module = loaded.model if isinstance(loaded, PyTorchClassifier) else loaded
     if checkpoint is not None:
-        load_state_dict(network, checkpoint)
+        load_state_dict(network, checkpoint, weights)
     network.eval()
     return loaded
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 
 import numpy as np
@@ -11,6 +12,29 @@ from art.attacks import EvasionAttack
 from art.estimators.classification import PyTorchClassifier
 
 from art_clat.layers.kinds import is_weighted_model
+from art_clat.models.outputs import check_initialised
+from art_clat.utils.checks import is_number
+
+logger = logging.getLogger(__name__)
+
+
+#: Where ART defines classifiers that train and predict as `PyTorchClassifier` does.
+PLAIN = ("art.estimators.classification.pytorch", "art.estimators.classification.hugging_face")
+
+#: By what share of their range inputs may leave it: rounding does that. They are clipped.
+ROUNDING = 1e-6
+
+
+def check_plain(classifier: PyTorchClassifier, *, argument: str) -> None:
+    """Refuse classifiers that train or predict otherwise than their network, such as ART's smoothing ones."""
+    for name in ("fit", "predict", "loss_gradient"):
+        owner = next(cls for cls in type(classifier).__mro__ if name in vars(cls))
+        if owner.__module__ not in PLAIN:
+            raise TypeError(
+                f"`{argument}` is a {type(classifier).__qualname__}, and `{name}` is {owner.__qualname__}'s own. Here "
+                f"the network inside it, {type(classifier.model).__qualname__}, would be used as it is, without what "
+                "that adds (such as noise). Pass a PyTorchClassifier of the network if that is what you want."
+            )
 
 
 def check_classifier(classifier: object, *, needs_optimizer: bool) -> None:
@@ -20,6 +44,15 @@ def check_classifier(classifier: object, *, needs_optimizer: bool) -> None:
             "`classifier` must be an ART PyTorchClassifier (art.estimators.classification), "
             f"got {type(classifier).__module__}.{type(classifier).__qualname__}."
         )
+    check_plain(classifier, argument="classifier")
+    for value in () if classifier.clip_values is None else classifier.clip_values:
+        shape, inputs = np.shape(value), tuple(classifier.input_shape)
+        if len(shape) > len(inputs) or any(n not in (1, m) for n, m in zip(shape[::-1], inputs[::-1], strict=False)):
+            per_channel = f" One value a channel has the shape {(*shape, 1, 1)}." if shape == inputs[:1] else ""
+            raise ValueError(
+                f"`classifier.clip_values` have the shape {shape}, which does not broadcast to inputs of shape "
+                f"{inputs}: pass two numbers, or arrays that do.{per_channel}"
+            )
     if needs_optimizer and classifier.optimizer is None:
         raise ValueError(
             "`classifier` has no optimizer: pass one to PyTorchClassifier, such as "
@@ -30,6 +63,7 @@ def check_classifier(classifier: object, *, needs_optimizer: bool) -> None:
             "`classifier` has the optimizer LBFGS, which evaluates the loss several times a step; use one that takes "
             "gradients, such as SGD or Adam."
         )
+    check_initialised(classifier.model)
     if not is_weighted_model(classifier.model):
         raise ValueError(
             "`classifier.model` has no weighted layer: it needs at least one module with a weight of two or more "
@@ -71,6 +105,25 @@ def check_attacks(attacks: object, classifier: PyTorchClassifier) -> list[Evasio
     return listed
 
 
+def warn_about_eps(attack: EvasionAttack, classifier: PyTorchClassifier) -> None:
+    """Warn about an ε that reaches from any input nearly everywhere: it is probably in other units than the inputs."""
+    eps, norm, clip = getattr(attack, "eps", None), getattr(attack, "norm", None), classifier.clip_values
+    if not is_number(eps) or clip is None or norm not in (np.inf, "inf", 2, 1):
+        return
+    spans = np.broadcast_to(np.asarray(clip[1]) - np.asarray(clip[0]), classifier.input_shape).astype(float).ravel()
+    order = float(norm)
+    largest = float(spans.max()) if order == np.inf else float(np.linalg.norm(spans, order)) / 2
+    if float(eps) >= largest:  # type: ignore[arg-type]  # a number
+        logger.warning(
+            "%s has eps=%g, and inputs in [%g, %g] leave no room for that: is it in other units? It must be in "
+            "those of the inputs, such as 8 / 255 for images in [0, 1].",
+            type(attack).__name__,
+            eps,
+            np.min(clip[0]),
+            np.max(clip[1]),
+        )
+
+
 def check_data(
     classifier: PyTorchClassifier,
     x: npt.NDArray[np.generic],
@@ -85,6 +138,12 @@ def check_data(
     Inputs become float32, shape (n, *input_shape). Labels become int64, shape (n,); only probabilities other than 0 and
     1 stay float32, shape (n, nb_classes).
     """
+    if isinstance(x, (torch.utils.data.DataLoader, torch.utils.data.Dataset)):
+        raise TypeError(
+            f"`{argument}` is a {type(x).__name__}; an array is needed. Train on a DataLoader by `fit_generator("
+            "PyTorchDataGenerator(loader, size=len(loader.dataset), batch_size=loader.batch_size))` of "
+            "art.data_generators."
+        )
     x, y = np.asarray(x), np.asarray(y)
     if x.shape == tuple(classifier.input_shape):
         raise ValueError(f"`{argument}` is one input of shape {x.shape}; a batch is needed: `{argument}[None]`.")
@@ -111,10 +170,13 @@ def check_data(
     if classifier.clip_values is not None:
         low, high = (np.asarray(value) for value in classifier.clip_values)
         if (x < low).any() or (x > high).any():
-            raise ValueError(
-                f"`{argument}` lies in [{x.min():.6g}, {x.max():.6g}], outside the classifier's clip_values "
-                f"[{low.min():.6g}, {high.max():.6g}]. Scale the inputs, or change `clip_values`."
-            )
+            tolerance = ROUNDING * (high - low)
+            if (x < low - tolerance).any() or (x > high + tolerance).any():
+                raise ValueError(
+                    f"`{argument}` lies in [{x.min():.8g}, {x.max():.8g}], outside the classifier's clip_values "
+                    f"[{low.min():.8g}, {high.max():.8g}]. Scale the inputs, or change `clip_values`."
+                )
+            x = np.clip(x, low, high).astype(np.float32)
     if not x.flags.writeable or min(x.strides) < 0:  # torch takes neither a read-only memory map nor a flipped view
         x = x.copy()
     return torch.as_tensor(x), check_labels(y, int(classifier.nb_classes), argument=label_argument)

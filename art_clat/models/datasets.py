@@ -6,6 +6,7 @@ import os
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from art_clat.models.class_order import number_folders
 from art_clat.utils.robustbench_import import robustbench_utils
 
 #: Data sets that have a name. Anything else is an image folder or an ``.npz`` file.
@@ -44,6 +46,8 @@ def load_data(
     nb_examples: int | None = None,
     preprocessing: str | Callable[[Any], Any] | None = None,
     nb_classes: int | None = None,
+    class_order: str | None = None,
+    class_map: str | os.PathLike[str] | None = None,
 ) -> EvaluationData:
     """
     Load a data set to evaluate on.
@@ -57,12 +61,17 @@ def load_data(
     :param preprocessing: How ImageNet's or a folder's images are resized and cropped: RobustBench's name of it, or a
            function of an image. `None` for ``"Res256Crop224"``, or for a folder's images as they are.
     :param nb_classes: Number of classes; `None` for what the data say.
+    :param class_order: How an image folder's folders are numbered, ``"string"`` or ``"natural"``; see
+           :func:`art_clat.models.class_order.number_folders`.
+    :param class_map: A file that says which class a folder is, instead.
     :return: The examples.
     :raises ValueError: If the data do not have this form, or there are fewer examples than asked for.
     :raises OSError: If the data are not there; the message says where they were looked for.
     """
     if nb_examples is not None and nb_examples < 1:
         raise ValueError(f"`nb_examples` must be at least 1, got {nb_examples}.")
+    if (class_order is not None or class_map is not None) and not Path(name).is_dir():
+        raise ValueError(f"`class_order` and `class_map` are for an image folder, `dataset` is {name!r}.")
     if name in ("cifar10", "cifar100"):
         x, y, classes = *_cifar(name, Path(data_dir), nb_examples), {"cifar10": 10, "cifar100": 100}[name]
     elif name == "imagenet":
@@ -70,11 +79,12 @@ def load_data(
     elif name == "digits":
         x, y, classes = *_digits(), 10
     elif Path(name).is_dir():
-        x, y, classes = _image_folder(Path(name), nb_examples, preprocessing)
+        number = partial(number_folders, order=class_order, class_map=class_map)
+        x, y, classes = _image_folder(Path(name), nb_examples, preprocessing, number)
         if nb_classes not in (None, classes):
             raise ValueError(
-                f"`nb_classes` is {nb_classes}, {name} has {classes} folders: labels are the folders' numbers in "
-                "alphabetical order, so every class needs a folder."
+                f"`nb_classes` is {nb_classes}, {name} has {classes} classes: without a `class_map` labels are the "
+                "folders' numbers, so every class needs a folder."
             )
     elif Path(name).suffix == ".npz":
         x, y = _npz(Path(name))
@@ -159,13 +169,24 @@ def _digits() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
 
 
 def _image_folder(
-    folder: Path, nb_examples: int | None, preprocessing: str | Callable[[Any], Any] | None
+    folder: Path,
+    nb_examples: int | None,
+    preprocessing: str | Callable[[Any], Any] | None,
+    number: Callable[[list[str]], dict[str, int]],
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64], int]:
     """Load images that lie in a folder for each class, and count the classes."""
     from torchvision.datasets import ImageFolder
 
+    class NumberedFolder(ImageFolder):  # type: ignore[misc]
+        """An image folder whose classes are numbered by us."""
+
+        def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+            names, _ = super().find_classes(str(directory))
+            self.numbers = number(names)
+            return names, {name: self.numbers[name] for name in names}
+
     try:
-        images = ImageFolder(str(folder), _transform(preprocessing))
+        images = NumberedFolder(str(folder), _transform(preprocessing))
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"`dataset`: {folder.resolve()} has no images; a folder for every class, with images in it, is needed: "
@@ -183,7 +204,7 @@ def _image_folder(
                 f"{images.samples[chosen[0]][0]} has {x[0].shape[1]}×{x[0].shape[2]}; all must have the same, or a "
                 "`preprocessing` is needed."
             )
-    return np.stack(x), np.array([images.targets[index] for index in chosen]), len(images.classes)
+    return np.stack(x), np.array([images.targets[index] for index in chosen]), len(images.numbers)
 
 
 def _image(images: Any, index: int) -> npt.NDArray[np.float32]:

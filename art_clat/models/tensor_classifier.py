@@ -21,6 +21,7 @@ from art_clat.layers.features import tell_samples_apart
 from art_clat.layers.freezing import only_trainable
 from art_clat.layers.layer import Layer
 from art_clat.layers.recurrent import WithoutCudnn
+from art_clat.models.outputs import check_network, check_output
 from art_clat.utils.modes import evaluation_mode
 from art_clat.utils.processes import Ranks
 
@@ -137,21 +138,13 @@ class TensorClassifier:
         :param x: Inputs, shape (batch, *input_shape); only the first one is used.
         :param options: What counts as one layer.
         :return: The layers; with ``freeze_norms`` without their norms.
-        :raises ValueError: If the network is compiled or recomputes activations, or the granularity does not fit it.
+        :raises ValueError: If the network's layers cannot be followed, it does not return logits, or the granularity
+                does not fit it.
         """
-        for name, module in self.model.named_modules():
-            if isinstance(getattr(module, "_orig_mod", None), nn.Module):
-                raise ValueError(
-                    f"`classifier.model`: {name or 'it'} has been through `torch.compile`, which hides its layers: "
-                    "pass ART the original network, and `performance=PerformanceOptions(compile=True)` to the trainer."
-                )
-            if getattr(module, "grad_checkpointing", False):
-                raise ValueError(
-                    f"`classifier.model`: {name or 'it'} recomputes its activations, so attacks get no input gradient: "
-                    "call `set_grad_checkpointing(False)`."
-                )
+        check_network(self.model)
         one = x[:1].to(self.device)
         with evaluation_mode(self.model):
+            self.check_output(one, mode="evaluation")
             layers = find_layers(
                 self.model,
                 lambda size: self.logits(one.expand(size, *one.shape[1:])),
@@ -162,6 +155,20 @@ class TensorClassifier:
         if options.freeze_norms:
             layers = [replace(layer, modules=layer.modules[:1]) for layer in layers]
         return layers
+
+    def check_output(self, x: torch.Tensor, *, mode: str) -> None:
+        """
+        Refuse a network that does not return logits, in the mode that it is in.
+
+        :param x: Inputs before preprocessing, shape (batch, *input_shape); only the first one is used, twice.
+        :param mode: ``"evaluation"`` or ``"training"``, for the message.
+        :raises ValueError: If the output is no float32 tensor of shape (batch, nb_classes).
+        """
+        one = x[:1].to(self.device)
+        amp = self.performance.amp
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=amp), self.recurrent_layers():
+            two, _ = self._preprocess(one.expand(2, *one.shape[1:]), None, fit=False)
+            check_output(self._run, two, self.nb_classes, mode=mode, dtype=None if amp else torch.float32)
 
     def in_float32(self) -> TensorClassifier:
         """Return this classifier without mixed precision; the network is shared."""

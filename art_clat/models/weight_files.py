@@ -16,26 +16,33 @@ from timm.models import clean_state_dict
 from torch import nn
 
 from art_clat.models.backbones import Normalize
+from art_clat.utils.checks import check_choice
 from art_clat.utils.weights import named_tensors
 
 logger = logging.getLogger(__name__)
 
 #: Files that hold other things as well keep a network's tensors under one of these names. Averaged weights come first,
 #: as in timm.
+AVERAGED = ("state_dict_ema", "model_ema")
 ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net")
 
 
-def load_state_dict(model: nn.Module, path: str | os.PathLike[str]) -> None:
+#: Which weights of a file that has both are read: those of the last step, or their average (`ema_decay`).
+WEIGHTS = ("average", "raw")
+
+
+def load_state_dict(model: nn.Module, path: str | os.PathLike[str], weights: str | None = None) -> None:
     """
     Load the weights of a file into a network.
 
     - Names in the file may begin with ``module.`` or ``_orig_mod.``, and may have or lack ``model.``.
     - The file may lack the normalisation that :func:`~art_clat.create_backbone` puts before a network. The network then
       keeps its own. The constants may have RobustBench's shape.
-    - If the file has averaged weights (`ema_decay`) as well, those are loaded.
+    - If the file has averaged weights (`ema_decay`) as well, those are loaded, unless `weights` is ``"raw"``.
 
     :param model: A network of the same architecture. It stays as it is if an error is raised.
     :param path: A ``.safetensors`` file, or one that ``torch.save`` or this package's trainer wrote.
+    :param weights: ``"average"``, ``"raw"``, or `None` for the average if there is one.
     :raises FileNotFoundError: If there is no such file.
     :raises ValueError: If the file is damaged, holds code, or is of another network.
     """
@@ -47,7 +54,7 @@ def load_state_dict(model: nn.Module, path: str | os.PathLike[str]) -> None:
         if isinstance(module, Normalize)
         for constant in ("mean", "std")
     }
-    tensors = _with_names_of(expected, read_state_dict(path))
+    tensors = _with_names_of(expected, read_state_dict(path, weights))
     tensors = {
         name: tensor.reshape(expected[name].shape)
         if name in constants and tensor.numel() == expected[name].numel()
@@ -98,15 +105,18 @@ def _difference(
     return f"{'; '.join(filter(None, found))}.{' Another number of classes?' if only_the_head else ''}"
 
 
-def read_state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+def read_state_dict(path: str | os.PathLike[str], weights: str | None = None) -> dict[str, torch.Tensor]:
     """
     Read the tensors of a network from a file. Nothing in the file is executed.
 
     :param path: As for :func:`load_state_dict`.
+    :param weights: As for :func:`load_state_dict`.
     :return: The tensors by name, on the CPU, without an optimiser's.
     :raises FileNotFoundError: If there is no such file.
-    :raises ValueError: If the file is damaged, or holds something else.
+    :raises ValueError: If the file is damaged, or holds something else, or no average although one is asked for.
     """
+    if weights is not None:
+        check_choice(weights, WEIGHTS, argument="weights")
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"`checkpoint`: there is no file {path}.")
@@ -125,8 +135,10 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         raise ValueError(
             f"`checkpoint`: {path} cannot be read, it seems to be empty, cut off or damaged: {error}"
         ) from error
-    if isinstance(content, dict):
-        content = next((content[name] for name in ENTRIES if isinstance(content.get(name), dict)), content)
+    entries = [n for n in ENTRIES if isinstance(content.get(n), dict)] if isinstance(content, dict) else []
+    averaged, plain = ([n for n in entries if (n in AVERAGED) is wanted] for wanted in (True, False))
+    entry = next(iter([*plain, *averaged] if weights == "raw" else [*averaged, *plain]), None)
+    content = content if entry is None else content[entry]
     if not isinstance(content, dict) or not content or not all(map(torch.is_tensor, content.values())):
         raise ValueError(
             f"`checkpoint`: {path} holds no network's tensors by their names. Accepted is `model.state_dict()`, by "
@@ -134,10 +146,13 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         )
     tensors: dict[str, torch.Tensor] = clean_state_dict(content)
     averages = {name.removeprefix("average:"): t for name, t in tensors.items() if name.startswith("average:")}
-    if averages:
-        logger.info("%s has averaged weights; they are loaded.", path)
+    if weights == "average" and not averages and not averaged:
+        raise ValueError(f"`weights`: {path} has no average of the weights; the run that wrote it had no `ema_decay`.")
+    if averages or (averaged and plain):
+        read = "the weights of the last step" if weights == "raw" else "their average"
+        logger.info("%s has weights and their average: %s is read (`weights`).", path, read)
     of_network = {name: t for name, t in tensors.items() if not name.startswith(("optimizer:", "average:"))}
-    return of_network | averages
+    return of_network if weights == "raw" else of_network | averages
 
 
 def _signature(tensors: Mapping[str, torch.Tensor]) -> set[tuple[str, tuple[int, ...]]]:

@@ -17,7 +17,11 @@ from art_clat.utils.robustbench_import import autoattack
 #: Perturbs a batch: takes inputs and index labels, returns perturbed inputs.
 Attack = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-VERSIONS = ("standard", "plus", "rand")
+VERSIONS = ("standard", "plus", "rand", "few-classes")
+
+#: Not a version of the authors: those of AutoAttack's attacks that two or three classes are enough for, with the
+#: restarts of "plus".
+FEW = ("apgd-ce", "fab", "square")
 
 #: The attribute of AutoAttack's object that holds each attack, and what the authors set on it beforehand.
 _ATTRIBUTES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -51,7 +55,8 @@ class Ensemble:
     :param model: Returns logits for inputs in [0, 1], shape (batch, channels, height, width).
     :param norm: ``"Linf"``, ``"L2"`` or ``"L1"``.
     :param eps: ε, in units of the input.
-    :param version: ``"standard"``, ``"plus"`` or ``"rand"``.
+    :param version: ``"standard"``, ``"plus"`` or ``"rand"``; or ``"few-classes"``, which is no version of the
+           authors': untargeted APGD-CE and FAB, and Square, with five restarts.
     :param seed: Seed of every attack on every batch.
     :param device: Where the network runs.
     :raises ImportError: If AutoAttack is not installed.
@@ -69,18 +74,22 @@ class Ensemble:
         seed: int,
         device: torch.device,
     ) -> None:
-        needed = 3 if version == "rand" else 4  # the DLR loss is of three logits, its targeted form of four
+        # The DLR loss is of three logits, its targeted form of four.
+        needed = {"rand": 3, "few-classes": 2}.get(version, 4)
         if nb_classes < needed:
+            rand = " (or 'rand', for a randomised network)" if nb_classes == 3 else ""
             raise ValueError(
                 f"AutoAttack's DLR loss needs at least {needed} classes in version {version!r}, the network "
-                f"has {nb_classes}. Pass `autoattack_version=None`."
+                f"has {nb_classes}. Pass `autoattack_version='few-classes'`{rand}, which is not AutoAttack's standard."
             )
+        is_few = version == "few-classes"
+        version = "plus" if is_few else version
         self._model, self._seed, self._nb_classes = model, seed, nb_classes
         self._make = partial(
             autoattack().AutoAttack, model, norm=norm, eps=eps, seed=seed, version=version, device=device, verbose=False
         )
         #: Names of the attacks, in the order in which they run.
-        self.names: tuple[str, ...] = tuple(self._make().attacks_to_run)
+        self.names: tuple[str, ...] = FEW if is_few else tuple(self._make().attacks_to_run)
 
     def make_attack(self, name: str) -> Any:
         """

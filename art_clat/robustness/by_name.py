@@ -25,8 +25,8 @@ from art_clat.utils.progress import logging_above_the_bar
 
 Network: TypeAlias = nn.Module | PyTorchClassifier
 
-#: Log records of an evaluation come from loggers below this one.
-LOGGER = "art_clat.robustness"
+#: Log records of an evaluation come from loggers below this one; of what is read before, from those below the other.
+LOGGER, READING = "art_clat.robustness", "art_clat.models.weight_files"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +40,14 @@ class NamedEvaluation:
     :param output: The folder of the results; ``state`` in it is where a killed evaluation continues.
     :param norm: ``"Linf"``, ``"L2"`` or ``"L1"``.
     :param checkpoint: A file of weights; `None` if the model brings its own.
+    :param weights: Which of the checkpoint's weights to read, ``"average"`` or ``"raw"``; `None` for the average if
+           there is one.
     :param model_dir: Where RobustBench keeps its models' weights.
     :param data_dir: Where CIFAR or ImageNet is.
     :param preprocessing: RobustBench's name of how images are resized and cropped; `None` for the model's own on
            ImageNet, and for no change elsewhere.
+    :param class_order: How an image folder's folders are numbered, ``"string"`` or ``"natural"``.
+    :param class_map: A file that says which class a folder is.
     :param num_classes: Number of classes; `None` for what the data say.
     :param n_examples: Number of examples; `None` for all.
     :param version: Of AutoAttack; `None` leaves AutoAttack out.
@@ -62,9 +66,12 @@ class NamedEvaluation:
     output: Path
     norm: str = "Linf"
     checkpoint: Path | None = None
+    weights: str | None = None
     model_dir: Path = Path("models")
     data_dir: Path = Path("data")
     preprocessing: str | None = None
+    class_order: str | None = None
+    class_map: Path | None = None
     num_classes: int | None = None
     n_examples: int | None = None
     version: str | None = "standard"
@@ -117,12 +124,14 @@ def evaluate_by_name(request: NamedEvaluation, *, command: str | None = None) ->
     if ranks.rank == 0:
         report.save(
             request.output,
-            model=_facts_of_model(request.model, request.checkpoint),
+            model=_facts_of_model(request.model, request.checkpoint) | {"weights": request.weights},
             transfer_from=request.transfer_from and _facts_of_model(request.transfer_from, request.transfer_checkpoint),
             data={
                 "name": request.dataset,
                 "shape": list(data.x.shape),
                 "preprocessing": repr(preprocessing) if callable(preprocessing) else preprocessing,
+                "class_order": request.class_order,
+                "class_map": None if request.class_map is None else str(request.class_map),
             },
             batch_size=request.batch_size,
             processes=ranks.size,
@@ -185,6 +194,8 @@ def _load(
                     nb_examples=request.n_examples,
                     preprocessing=preprocessing,
                     nb_classes=request.num_classes,
+                    class_order=request.class_order,
+                    class_map=request.class_map,
                 )
                 model = _load_network(request, request.model, request.checkpoint, data)
                 source = None
@@ -206,6 +217,7 @@ def _load_network(request: NamedEvaluation, name: str, checkpoint: Path | None, 
         input_size=(channels, height, width),
         checkpoint=checkpoint,
         model_dir=request.model_dir,
+        weights=request.weights if checkpoint == request.checkpoint else None,
     )
 
 
@@ -223,8 +235,8 @@ def _check_folders(dataset: str, model: Network, data: EvaluationData) -> None:
             nb_outputs = count_classes(model, torch.as_tensor(data.x[:1]), "model")
     if nb_outputs != data.nb_classes:
         raise ValueError(
-            f"`dataset`: {dataset} has {data.nb_classes} folders, the network has {nb_outputs} outputs: "
-            "labels are the folders' numbers in alphabetical order, so that every class needs its folder."
+            f"`dataset`: {dataset} has {data.nb_classes} classes, the network has {nb_outputs} outputs: without a "
+            "`class_map` labels are the folders' numbers, so that every class needs its folder."
         )
 
 

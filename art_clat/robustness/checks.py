@@ -12,6 +12,12 @@ from torch import nn
 #: The p of each ℓp norm.
 ORDERS = {"Linf": float("inf"), "L2": 2.0, "L1": 1.0}
 
+#: By how much images may leave [0, 1]: rounding does that. They are clipped.
+ROUNDING = 1e-6
+
+#: Fewest examples of a class, on average, to look for another order of the labels.
+EXAMPLES_A_CLASS = 10
+
 #: Number of examples on which the range of the inputs is checked.
 SAMPLE = 512
 
@@ -31,9 +37,10 @@ def check_images(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> torch.Tensor:
             "`x` and `y` must be images of shape (n, channels, height, width) and as many labels, "
             f"got shape {x.shape} and {len(y)} labels."
         )
-    if not np.issubdtype(x.dtype, np.floating) or not np.isfinite(x).all() or x.min() < 0 or x.max() > 1:
-        raise ValueError(f"`x` must be floating point in [0, 1], got {x.dtype} in [{x.min():.6g}, {x.max():.6g}].")
-    return torch.as_tensor(x.astype(np.float32))
+    is_float = np.issubdtype(x.dtype, np.floating)
+    if not is_float or not np.isfinite(x).all() or x.min() < -ROUNDING or x.max() > 1 + ROUNDING:
+        raise ValueError(f"`x` must be floating point in [0, 1], got {x.dtype} in [{x.min():.8g}, {x.max():.8g}].")
+    return torch.as_tensor(np.clip(x.astype(np.float32), 0, 1))
 
 
 def check_eps(eps: float, norm: str, size: int) -> None:
@@ -91,6 +98,64 @@ def count_classes(model: nn.Module, x: torch.Tensor, argument: str) -> int:
             "changes no prediction."
         )
     return int(output.shape[1])
+
+
+def check_norms(model: nn.Module, argument: str) -> None:
+    """
+    Refuse a network whose outputs for an image depend on the other images of the batch, by the name of the norm.
+
+    :param model: The network.
+    :param argument: Name of the argument, for messages.
+    :raises ValueError: If a BatchNorm has no running statistics.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise ValueError(
+                f"`{argument}`: {name} has no running statistics, so that the outputs for an image depend on the other "
+                "images of the batch, and a robust accuracy means nothing: use `track_running_stats=True`."
+            )
+
+
+def warn_about_labels(
+    model: nn.Module, x: torch.Tensor, y: torch.Tensor, *, nb_classes: int, device: torch.device, batch_size: int
+) -> list[str]:
+    """
+    Check whether another order of the classes fits the predictions far better than the labels do.
+
+    A one-to-one relabelling is fitted on one half of some examples, and tried on the other half. With fewer than ten
+    examples a class nothing is said.
+
+    :param model: Returns logits.
+    :param x: Inputs in [0, 1], on the CPU.
+    :param y: Index labels, on the CPU.
+    :param nb_classes: Number of classes.
+    :param device: Where the network runs.
+    :param batch_size: Examples in a batch.
+    :return: A warning if there is one.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[: max(SAMPLE, 20 * nb_classes)]
+    if len(chosen) < EXAMPLES_A_CLASS * nb_classes:
+        return []
+    x, y = x[chosen], y[chosen]
+    predicted = torch.cat([model(part.to(device)).argmax(dim=1).cpu() for part in x.split(batch_size)])
+    half = len(x) // 2
+    counts = torch.zeros(nb_classes, nb_classes, dtype=torch.int64)
+    counts.index_put_((predicted[:half], y[:half]), torch.ones(half, dtype=torch.int64), accumulate=True)
+    # Of equal fits the one that changes nothing.
+    rows, columns = linear_sum_assignment((len(x) * counts + torch.eye(nb_classes)).numpy(), maximize=True)
+    renamed = torch.as_tensor(columns)[predicted[half:]]
+    before, after = predicted[half:] == y[half:], renamed == y[half:]
+    better, worse = int((after & ~before).sum()), int((before & ~after).sum())
+    if better - worse < max(0.1 * len(before), 4 * (better + worse) ** 0.5):  # four standard deviations of chance
+        return []
+    moved = [f"{row} is {column}" for row, column in zip(rows, columns, strict=True) if row != column]
+    return [
+        f"Labels seem to be in another order than the network's: with its classes renamed ({', '.join(moved[:4])}"
+        f"{', …' if len(moved) > 4 else ''}) {after.float().mean():.1%} of {len(after)} examples are classified "
+        f"correctly, {before.float().mean():.1%} as they are. Robust accuracy would be false."
+    ]
 
 
 def warn_about_randomness(model: nn.Module, x: torch.Tensor) -> list[str]:
@@ -173,6 +238,7 @@ def warn_about_inputs(
         batches = zip(x.split(batch_size), y.split(batch_size), strict=True)
         return sum(int((model(x.to(device)).argmax(dim=1).cpu() == y).sum()) for x, y in batches)
 
+    chance = 1 / nb_classes
     mean, std = x.mean((0, 2, 3)).view(1, -1, 1, 1), x.std((0, 2, 3), correction=0).view(1, -1, 1, 1) + 1e-6
     found = correct(x)
     for changed, reason in (
@@ -181,12 +247,12 @@ def warn_about_inputs(
         (255 * x, "in 0…255; it seems to expect those: put the factor of 255 inside, before the network"),
     ):
         better = correct(changed)
-        if better - found > max(10, 0.2 * len(x)):
+        # Guessing is no sign of the right inputs, even if the network does worse than that, as with swapped labels.
+        if better - found > max(10, 0.2 * len(x)) and better / len(x) > chance + 0.2 * (1 - chance):
             raise ValueError(
                 f"`classifier_or_model` classifies {found / len(x):.1%} of the first {len(x)} inputs correctly as they "
                 f"are, and {better / len(x):.1%} of them {reason}. Robust accuracy would be false."
             )
-    chance = 1 / nb_classes
     if len(x) < 20 or found / len(x) >= chance + 2.33 * (chance * (1 - chance) / len(x)) ** 0.5:
         return []
     return [

@@ -23,9 +23,11 @@ from art_clat.robustness.checks import (
     ORDERS,
     check_eps,
     check_images,
+    check_norms,
     count_classes,
     warn_about_gradients,
     warn_about_inputs,
+    warn_about_labels,
     warn_about_randomness,
 )
 from art_clat.robustness.plan import Settings, Step, make_plan, norm_name
@@ -163,6 +165,8 @@ def _ready_to_attack(targets: Sequence[Target], seed: int) -> Iterator[None]:
 def _count_classes(targets: Sequence[Target], sample: torch.Tensor) -> int:
     """Return the number of classes, the same for all targets."""
     target, *others = targets
+    for one in targets:
+        check_norms(one.model, one.argument)
     nb_classes = count_classes(target.model, sample.to(target.device), target.argument)
     for other in others:
         if count_classes(other.model, sample.to(other.device), other.argument) != nb_classes:
@@ -191,6 +195,7 @@ def _warn_about_network(
     """Check the network on some inputs, before any attack; return what makes the figures doubtful."""
     model, device, size = target.model, target.device, settings.batch_size
     found = warn_about_inputs(model, images, labels, nb_classes=nb_classes, device=device, batch_size=size)
+    found += warn_about_labels(model, images, labels, nb_classes=nb_classes, device=device, batch_size=size)
     sample = images[:size].to(device)
     if settings.autoattack_version != "rand":
         found += warn_about_randomness(model, sample)

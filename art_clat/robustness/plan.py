@@ -30,7 +30,8 @@ class Settings:
 
     :param norm: ``"Linf"``, ``"L2"`` or ``"L1"``.
     :param eps: Radius of the ball, in units of inputs in [0, 1].
-    :param autoattack_version: ``"standard"``, ``"plus"``, ``"rand"``, or `None` to leave AutoAttack out.
+    :param autoattack_version: ``"standard"``, ``"plus"``, ``"rand"``, ``"few-classes"``, or `None` to leave AutoAttack
+           out.
     :param pgd_max_iter: Number of PGD steps, at least 1.
     :param pgd_eps_step: Size of a PGD step, positive.
     :param pgd_restarts: Number of random starts of PGD, at least 1.

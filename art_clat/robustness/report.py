@@ -44,7 +44,8 @@ class RobustnessReport:
     :param clean: Whether each example is classified correctly as it is.
     :param pgd: Whether it still is under PGD.
     :param pgd_max_iter: Number of PGD steps.
-    :param autoattack_version: ``"standard"``, ``"plus"`` or ``"rand"``; `None` if AutoAttack was not run.
+    :param autoattack_version: ``"standard"``, ``"plus"``, ``"rand"`` or ``"few-classes"``; `None` if AutoAttack was not
+           run.
     :param warnings: What makes the figures doubtful, AutoAttack's own warnings included.
     :param seconds: Time taken by all processes together, interrupted calls included.
     :param seed: Seed of the attacks.
@@ -144,7 +145,7 @@ class RobustnessReport:
             ax.plot([position, position + 1], [height, height], color="grey", linewidth=0.7)
         ax.set_ylim(0, 105)
         ax.set_ylabel("accuracy [%]")
-        ax.set_title(f"AutoAttack ({self.autoattack_version}), {self._title()}", fontsize=9)
+        ax.set_title(f"{self._autoattack()}, {self._title()}", fontsize=9)
         return ax
 
     def save(self, folder: str | os.PathLike[str], **about: object) -> None:
@@ -216,9 +217,15 @@ class RobustnessReport:
             rows.append(("transfer", self.transfer_accuracy))
         rows += [(f"  after {name}", float(verdicts.mean())) for name, verdicts in self.attacks.items()]
         if self.autoattack_accuracy is not None:
-            rows.append((f"AutoAttack ({self.autoattack_version})", self.autoattack_accuracy))
-        lines = [f"  {name:<24}{100 * value:6.2f} %" for name, value in rows]
+            rows.append((self._autoattack(), self.autoattack_accuracy))
+        width = max(24, *(len(name) + 1 for name, _ in rows))
+        lines = [f"  {name:<{width}}{100 * value:6.2f} %" for name, value in rows]
         return "\n".join([self._title(), *lines, *(f"  ! {message}" for message in self.warnings)])
+
+    def _autoattack(self) -> str:
+        if self.autoattack_version == "few-classes":
+            return "AutoAttack's parts for few classes (not standard)"
+        return f"AutoAttack ({self.autoattack_version})"
 
     def _title(self) -> str:
         return f"{self.norm}, ε = {format_eps(self.eps, self.norm)}, {self.nb_examples} examples"

@@ -10,6 +10,7 @@ import torch
 from art.estimators.classification import PyTorchClassifier
 from torch import nn
 
+from art_clat.models.checks import check_plain
 from art_clat.models.description import describe_inputs
 from art_clat.models.tensor_classifier import TensorClassifier
 from art_clat.utils.descriptions import fingerprint, text_of
@@ -40,10 +41,11 @@ class Target:
         :param original: An ART classifier with ``clip_values=(0, 1)``, or a network.
         :param argument: The name of the argument.
         :return: The target.
-        :raises TypeError: If it is neither.
+        :raises TypeError: If it is neither, or a classifier that predicts otherwise than its network.
         :raises ValueError: If the classifier's inputs are not in [0, 1], or no gradient passes its preprocessing.
         """
         if isinstance(original, PyTorchClassifier):
+            check_plain(original, argument=argument)
             network = _differentiable(original, argument)
             return cls(argument, original, _Logits(network), network.device)
         if isinstance(original, nn.Module):

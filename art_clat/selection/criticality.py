@@ -17,10 +17,10 @@ from art_clat.attacks.tensor_attack import TensorAttack
 from art_clat.config import Granularity, LayerOptions
 from art_clat.layers.features import Features
 from art_clat.layers.layer import Layer
-from art_clat.models.checks import check_attack, check_classifier, check_data
+from art_clat.models.checks import check_attack, check_classifier, check_data, warn_about_eps
 from art_clat.models.tensor_classifier import TensorClassifier
 from art_clat.utils.batch import Batch
-from art_clat.utils.checks import check_seed, check_whole
+from art_clat.utils.checks import check_not_in_inference_mode, check_seed, check_whole
 from art_clat.utils.modes import evaluation_mode
 from art_clat.utils.randomness import seeded_randomness
 
@@ -160,6 +160,8 @@ def measure_criticality(
     """
     check_classifier(classifier, needs_optimizer=False)
     check_attack(attack, classifier, argument="attack")
+    check_not_in_inference_mode("measure_criticality")
+    warn_about_eps(attack, classifier)
     labels_or_any = np.zeros(len(x), dtype=np.int64) if y is None else y
     inputs, labels = check_data(classifier, x, labels_or_any, argument="x", label_argument="y")
     check_whole(batch_size, 1, argument="batch_size")

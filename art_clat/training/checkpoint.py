@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from filelock import FileLock, Timeout
 from torch import nn
 
 from art_clat.training.averaging import Average
@@ -20,6 +23,8 @@ from art_clat.training.state import pack, unpack
 from art_clat.utils.descriptions import check_description
 from art_clat.utils.files import prepare, read, write
 from art_clat.utils.weights import load_weights, named_tensors, weights
+
+logger = logging.getLogger(__name__)
 
 #: Version of what ``last.safetensors`` holds besides the weights; a run of another one cannot be resumed.
 LAYOUT = 2
@@ -55,14 +60,16 @@ class Progress:
         """Go to the first batch of an epoch."""
         self.epoch, self.batch, self.sums, self.seconds = epoch, 0, {}, 0.0
 
-    def go_on(self, nb_epochs: int) -> tuple[str, int]:
-        """Go on with a saved run until it has `nb_epochs`; return what the log says of it, and at which level."""
+    def go_on(self, nb_epochs: int, rank: int) -> None:
+        """Go on with a saved run until it has `nb_epochs`; the first process logs where it is."""
         self.history.configuration.get("fit", {})["nb_epochs"] = nb_epochs
-        self.stopped = self.stopped and nb_epochs == self.planned
+        self.stopped, level = self.stopped and nb_epochs == self.planned, logging.INFO
+        state = "is finished" if self.epoch >= nb_epochs else f"resumes at epoch {self.epoch}"
         if self.stopped:
-            way = f"another `nb_epochs` than {nb_epochs} goes on"
-            return f"was stopped by a callback in epoch {self.epoch} ({way})", logging.WARNING
-        return "is finished" if self.epoch >= nb_epochs else f"resumes at epoch {self.epoch}", logging.INFO
+            level, way = logging.WARNING, f"another `nb_epochs` than {nb_epochs} goes on"
+            state = f"was stopped by a callback in epoch {self.epoch} ({way})"
+        level = level if rank == 0 else logging.DEBUG
+        logger.log(level, "The run in the checkpoint %s; the classifier gets its weights.", state)
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,12 @@ class Checkpoint:
         :raises OSError: If the folder cannot be written to.
         """
         prepare(self.last.parent)
+
+    @property
+    def identity(self) -> str:
+        """What names the run in other files of the folder."""
+        facts = {**self._description, "nb_epochs": None}  # a run may go on to another number of epochs
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
     def resume(self) -> Progress | None:
         """
@@ -238,34 +251,6 @@ class Checkpoint:
         write(path, tensors, content)
 
 
-class Memory(Checkpoint):
-    """
-    What the files of a checkpoint would hold, kept in memory for the next call of ``fit``.
-
-    :param kept: The files' tensors and content by name; changed.
-    """
-
-    def __init__(self, kept: dict[str, tuple[Mapping[str, torch.Tensor], Mapping[str, Any]]], *args: Any) -> None:
-        super().__init__("", *args)
-        self._kept = kept
-
-    def prepare(self) -> None:
-        """Do nothing: there is no folder."""
-
-    def _check(self, there: Mapping[str, object], folder: str = "", argument: str = "checkpoint") -> None:
-        super()._check(there, "the latest call of this trainer", "resume")
-
-    def _exists(self, path: Path) -> bool:
-        return path.name in self._kept
-
-    def _read(self, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        tensors, content = self._kept[path.name]
-        return dict(tensors), dict(content)
-
-    def _write(self, path: Path, tensors: Mapping[str, torch.Tensor], content: Mapping[str, object]) -> None:
-        self._kept[path.name] = tensors, content
-
-
 class Keeper:
     """
     Saves a run while it trains, and keeps the weights of its best epoch.
@@ -294,7 +279,8 @@ class Keeper:
         self._checkpoint = checkpoint
         self._every = every
         self._keeps_best = keeps_best
-        self._writes = writes
+        #: Whether this process writes files.
+        self.writes = writes
         self._best: Best | None = None
 
     def resume(self) -> Progress | None:
@@ -303,17 +289,49 @@ class Keeper:
 
         :return: Where the run is; `None` if it is a new one.
         :raises ValueError: As :meth:`Checkpoint.resume`.
-        :raises OSError: As :meth:`Checkpoint.prepare`, before anything is changed.
         """
         if self._checkpoint is None:
             return None
-        if self._writes:
-            self._checkpoint.prepare()
         best = self._checkpoint.load_best()
         progress = self._checkpoint.resume()
         if progress is not None:
             self._best = best
         return progress
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """
+        Keep other runs out of the checkpoint's folder in this context. A killed process holds it no longer.
+
+        :raises ValueError: If another run writes to it.
+        :raises OSError: As :meth:`Checkpoint.prepare`.
+        """
+        if self._checkpoint is None or not self.writes:
+            yield
+            return
+        self._checkpoint.prepare()
+        folder = self._checkpoint.last.parent
+        lock = FileLock(folder / "run.lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            raise ValueError(
+                f"`checkpoint`: another run is writing to {folder}. Wait for its end, or use another folder."
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @property
+    def folder(self) -> Path | None:
+        """The checkpoint's folder; `None` if nothing is saved."""
+        return None if self._checkpoint is None else self._checkpoint.last.parent
+
+    @property
+    def identity(self) -> str:
+        """What names the run in other files of the checkpoint's folder; empty if nothing is saved."""
+        return "" if self._checkpoint is None else self._checkpoint.identity
 
     def is_due(self, batch: int) -> bool:
         """
@@ -329,7 +347,7 @@ class Keeper:
 
         :param progress: Where the run is.
         """
-        if self._checkpoint is not None and self._writes:
+        if self._checkpoint is not None and self.writes:
             self._checkpoint.save(progress)
 
     def consider(self, record: EpochRecord) -> None:
@@ -342,10 +360,12 @@ class Keeper:
         if not self._keeps_best or robust is None or (self._best is not None and robust <= self._best.robust_accuracy):
             return
         self._best = Best(record.epoch, robust, weights(self._model))
-        if self._checkpoint is not None and self._writes:
+        if self._checkpoint is not None and self.writes:
             self._checkpoint.save_best(self._best)
 
-    def restore_best(self) -> None:
-        """Load the best epoch's weights into the network."""
-        if self._best is not None:
+    def finish(self, *, restore_best: bool) -> None:
+        """Load the average, if there is one, or the best epoch's weights into the network."""
+        if self.average is not None:
+            self.average.apply()
+        if restore_best and self._best is not None:
             load_weights(self._model, self._best.weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -10,12 +11,46 @@ from art.estimators.classification import PyTorchClassifier
 from torch import nn
 
 from art_clat.attacks.tensor_attack import TensorAttack
-from art_clat.config import TrainerOptions
+from art_clat.config import FitOptions, TrainerOptions
+from art_clat.layers.freezing import train_all
 from art_clat.layers.layer import Layer
-from art_clat.models.checks import check_data, check_optimizer_holds
+from art_clat.models.checks import check_data, check_optimizer_holds, warn_about_eps
+from art_clat.models.outputs import unchanged_buffers
 from art_clat.models.tensor_classifier import TensorClassifier
 from art_clat.training.objectives import find_objective
+from art_clat.utils.modes import restored_modes
 from art_clat.utils.processes import Ranks
+
+logger = logging.getLogger(__name__)
+
+
+def check_loss(estimator: PyTorchClassifier) -> None:
+    """Refuse a loss that returns one value a sample."""
+    if getattr(estimator.loss, "reduction", None) == "none":
+        raise ValueError(
+            f"`classifier.loss` is {estimator.loss} with reduction 'none', one value a sample; a single number is "
+            "needed: `reduction='mean'`."
+        )
+
+
+def check_training_output(classifier: TensorClassifier, x: torch.Tensor) -> None:
+    """Refuse a network that returns something else in training mode, such as auxiliary outputs."""
+    with restored_modes(classifier.model), unchanged_buffers(classifier.model):
+        train_all(classifier.model)
+        classifier.check_output(x, mode="training")
+
+
+def warn_before_a_run(options: TrainerOptions, attacks: Sequence[TensorAttack], fit: FitOptions) -> None:
+    """Warn about what is allowed, but is probably not what the user wants."""
+    if options.warmup >= fit.nb_epochs and not fit.resume:  # other calls bring the other epochs
+        logger.warning(
+            "`warmup` (%d) is not below `nb_epochs` (%d): the whole run is plain adversarial training, and CLAT never "
+            "begins. Use more epochs or a smaller `warmup`, or `resume=True` to train an epoch at a time.",
+            options.warmup,
+            fit.nb_epochs,
+        )
+    for attack in attacks:
+        warn_about_eps(attack.attack, attack.classifier.estimator)
 
 
 def check_loss_learns_nothing(estimator: PyTorchClassifier) -> None:
@@ -70,12 +105,11 @@ def check_inner_attacks(
     for argument in ("first_stage", "objective"):
         name = getattr(options, argument)
         needs_steps = find_objective(name, argument=argument).has_inner_loss()
-        if needs_steps and any(TensorAttack(attack, classifier).ascent is None for attack in attacks):
-            kinds = ", ".join(type(attack).__name__ for attack in attacks)
+        reasons = [TensorAttack(attack, classifier).why_generate for attack in attacks] if needs_steps else []
+        if why := next((reason for reason in reasons if reason is not None), None):
             raise ValueError(
-                f"`{argument}={name!r}` takes the ball and the steps of its inner attack from `attacks`, got {kinds}. "
-                "Accepted are ProjectedGradientDescent, BasicIterativeMethod and FastGradientMethod in the norm inf, 2 "
-                "or 1, on a classifier whose preprocessing is PyTorch's. `objective='adversarial'` accepts any attack."
+                f"`{argument}={name!r}` takes the ball and the steps of its inner attack from `attacks`, which it "
+                f"cannot here: {why}. `objective='adversarial'` and `first_stage='pgd_at'` accept any attack."
             )
 
 

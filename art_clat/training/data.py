@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -13,7 +13,6 @@ from art.estimators.classification import PyTorchClassifier
 from art_clat.models.checks import check_data
 from art_clat.utils.batch import Batch
 from art_clat.utils.processes import Ranks
-from art_clat.utils.randomness import reseed
 
 #: The training set is kept on a GPU if it takes less than this share of its free memory.
 DEVICE_SHARE = 0.3
@@ -26,6 +25,11 @@ class Batches(abc.ABC):
     @abc.abstractmethod
     def nb_batches(self) -> int:
         """Number of batches in an epoch."""
+
+    @property
+    @abc.abstractmethod
+    def nb_samples(self) -> int:
+        """Number of samples in the data."""
 
     @abc.abstractmethod
     def example(self) -> torch.Tensor:
@@ -71,6 +75,10 @@ class ArrayBatches(Batches):
         full, rest = divmod(len(self.x), self.batch_size)
         return full + (rest > 0 and not self.drop_last)
 
+    @property
+    def nb_samples(self) -> int:
+        return len(self.x)
+
     def example(self) -> torch.Tensor:
         return self.x[:1]
 
@@ -85,9 +93,11 @@ class ArrayBatches(Batches):
         return list(self._batches(torch.randperm(len(self.x))[:nb_samples], ranks))
 
     def _batches(self, order: torch.Tensor, ranks: Ranks) -> Iterator[Batch]:
-        for indices in order.to(self.x.device).split(self.batch_size):
-            part = ranks.part(len(indices))
-            yield Batch(self.x[indices[part.mine]], self.y[indices[part.mine]], part)
+        on_device = order.to(self.x.device)
+        for index, places in zip(order.split(self.batch_size), on_device.split(self.batch_size), strict=True):
+            part = ranks.part(len(index))
+            mine = places[part.mine]
+            yield Batch(self.x[mine], self.y[mine], part, index[part.mine])
 
 
 class GeneratorBatches(Batches):
@@ -108,6 +118,10 @@ class GeneratorBatches(Batches):
     @property
     def nb_batches(self) -> int:
         return -(-int(self.generator.size) // int(self.generator.batch_size))
+
+    @property
+    def nb_samples(self) -> int:
+        return int(self.generator.size)
 
     def example(self) -> torch.Tensor:
         if not self._ahead:
@@ -134,23 +148,3 @@ class GeneratorBatches(Batches):
             self.classifier, x, y, argument="x of the generator's batch", label_argument="y of the generator's batch"
         )
         return Batch.whole(inputs.clone(), labels)  # an augmentation may write to it
-
-
-def augment(augmentation: Callable[[torch.Tensor], torch.Tensor], batch: Batch, *counters: int) -> Batch:
-    """
-    Augment the images of a batch, shape (batch, channels, height, width), independently of one another.
-
-    torchvision's transforms draw random numbers once for all images they get together. So each image is passed alone,
-    after the global random generators were seeded with `counters` and its place in the whole batch.
-    """
-    images = []
-    for place, image in zip(torch.arange(batch.part.total)[batch.part.mine].tolist(), batch.x, strict=True):
-        reseed(image.device, *counters, place)
-        changed = augmentation(image)
-        if changed.shape != image.shape or changed.dtype != image.dtype:
-            raise ValueError(
-                f"`augmentation` makes {changed.dtype} images of shape {tuple(changed.shape)}; it must keep their type "
-                f"{image.dtype} and shape {tuple(image.shape)}."
-            )
-        images.append(changed)
-    return replace(batch, x=torch.stack(images))

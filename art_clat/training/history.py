@@ -56,12 +56,15 @@ class EpochRecord:
     robust_accuracy: float | None = None
 
     def summary(self) -> dict[str, str]:
-        """Return what a progress bar shows: the loss, and accuracies, those of validation if there are any."""
+        """Return what a progress bar shows: the loss and its terms, and accuracies, of validation if there are any."""
         clean = self.clean_accuracy if self.clean_accuracy is not None else self.train_clean_accuracy
         robust = self.robust_accuracy if self.robust_accuracy is not None else self.train_robust_accuracy
         shown = {"clean": clean, "robust": robust}
+        terms = {"loss": self.loss}
+        if self.criticality_loss:
+            terms |= {"cross-entropy": self.cross_entropy, "λ·distance": self.loss - self.cross_entropy}
         return {
-            "loss": f"{self.loss:.3f}",
+            **{name: f"{value:.3f}" for name, value in terms.items()},
             **{name: f"{100 * value:.1f} %" for name, value in shown.items() if value is not None},
         }
 
@@ -131,6 +134,25 @@ class SelectionRecord:
         )
 
 
+@dataclass(frozen=True)
+class StrengthRecord:
+    """
+    How strong the second stage's attack is while it reuses perturbations, in the middle of an epoch.
+
+    A strength is the loss that an attack reaches, as a share of what 20 steps of ε/4 from a random start reach.
+
+    :param epoch: The epoch.
+    :param reused: Strength of the attack that goes on from the last epoch's perturbations.
+    :param full: Strength of the full attack.
+    :param images: Number of training images that were measured.
+    """
+
+    epoch: int
+    reused: float
+    full: float
+    images: int
+
+
 @dataclass
 class History:
     """
@@ -138,6 +160,7 @@ class History:
 
     :param epochs: One entry an epoch.
     :param selections: One entry a selection.
+    :param strengths: How strong reused perturbations are, once in ten epochs; empty without them.
     :param configuration: What the run was made with: the trainer's options, the arguments of ``fit``, attacks,
            optimiser, data, machine and versions; values that JSON can hold. Empty in records of older versions.
     """
@@ -145,6 +168,7 @@ class History:
     epochs: list[EpochRecord] = field(default_factory=list)
     selections: list[SelectionRecord] = field(default_factory=list)
     configuration: dict[str, Any] = field(default_factory=dict)
+    strengths: list[StrengthRecord] = field(default_factory=list)
 
     def __repr__(self) -> str:
         best = "" if self.best_epoch is None else f", best epoch {self.best_epoch}"
@@ -189,6 +213,7 @@ class History:
             epochs=[EpochRecord(**_numbers(entry, _LOSSES)) for entry in content["epochs"]],
             selections=[_selection(entry) for entry in content["selections"]],
             configuration=content.get("configuration", {}),
+            strengths=[StrengthRecord(**_numbers(e, ("reused", "full"))) for e in content.get("strengths", ())],
         )
 
     def plot_heat_map(self, ax: Axes | None = None) -> Axes:

@@ -6,7 +6,8 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from art.attacks import EvasionAttack
@@ -17,22 +18,25 @@ from art_clat.config import FitOptions, TrainerOptions
 from art_clat.layers.freezing import only_trainable
 from art_clat.layers.layer import Layer
 from art_clat.models.tensor_classifier import TensorClassifier
-from art_clat.selection.budget import check_budget
 from art_clat.selection.candidates import Candidates
-from art_clat.selection.choice import check_names, choose, eligible_layers
+from art_clat.selection.choice import choose
 from art_clat.selection.rules import as_rule
+from art_clat.training.augmentation import augment, check_augmented
 from art_clat.training.callbacks import Callbacks, RunEvent
 from art_clat.training.checkpoint import Keeper, Progress
-from art_clat.training.checks import check_optimizer_trains
-from art_clat.training.data import Batches, augment
+from art_clat.training.checks import check_training_output, warn_before_a_run
+from art_clat.training.data import Batches
 from art_clat.training.description import configuration
 from art_clat.training.finite import FiniteGuard, explained
 from art_clat.training.history import History, SelectionRecord
 from art_clat.training.objectives import BatchLoss, find_objective
+from art_clat.training.reuse import make_reuse
 from art_clat.training.schedule import Schedule
-from art_clat.training.setup import draw_seed, restored_model
-from art_clat.training.stage import EpochSums, Stage, make_record
+from art_clat.training.setup import draw_seed, find_eligible, nb_measured, restored_model
+from art_clat.training.stage import EpochSums, Stage, clip_gradient, make_record
+from art_clat.training.strength import StrengthMeter
 from art_clat.training.validation import measure_accuracies
+from art_clat.training.watch import FirstBatches, warn_about_still_layers
 from art_clat.utils.batch import Batch
 from art_clat.utils.processes import Ranks
 from art_clat.utils.progress import epoch_bar
@@ -105,22 +109,20 @@ class TrainingLoop:
         made_with = configuration(self.estimator, self.options, self.attacks, self.schedule.scheduler, said)
         self.progress = resumed or Progress(seed=drawn, history=History(configuration=made_with))
         self.is_resumed = resumed is not None
-        if resumed is None:
-            self.schedule.check_new(is_whole=not self.fit.resume, rank=self.ranks.rank)
+        if resumed is not None:
+            resumed.go_on(self.fit.nb_epochs, self.ranks.rank)
         else:
-            state, level = self.progress.go_on(self.fit.nb_epochs)
-            level = level if self.ranks.rank == 0 else logging.DEBUG
-            logger.log(level, "The run in the checkpoint %s; the classifier gets its weights.", state)
+            self.schedule.check_new(is_whole=not self.fit.resume, rank=self.ranks.rank)
+            if self.ranks.rank == 0:
+                warn_before_a_run(self.options, self.training_attacks, self.fit)
         self.ranks.check_same({"the checkpoint": (*self.counters, self.progress.batch)}, self.device)
         with seeded_randomness(self.progress.seed, self.device):
-            self.sample = self.batches.sample(self.options.selection.samples, self.ranks)
+            if self.options.warmup:
+                check_training_output(self.classifier, self.batches.example())
+            self.sample = self.batches.sample(nb_measured(self.options, self.attacks, self.batches), self.ranks)
             self.layers = self.classifier.find_layers(self.batches.example(), self.options.layers)
-        self.eligible = eligible_layers(self.layers, head_eligible=self.options.layers.head_eligible)
-        rule = self.options.selection.rule
-        check_names(rule, self.eligible)
-        if rule != "all" and not isinstance(rule, (list, tuple)):  # these ignore the budget
-            check_budget(self.options.budget, self.eligible, sum(p.numel() for p in self.model.parameters()))
-        check_optimizer_trains(self.optimizer, self.model, None if self.options.warmup else self.eligible)
+        self.begin_reuse()
+        self.eligible = find_eligible(self.layers, self.options, self.model, self.optimizer)
 
     def run(self) -> None:
         """
@@ -128,16 +130,14 @@ class TrainingLoop:
 
         :raises FloatingPointError: If the loss or its gradient is not finite.
         """
-        estimator, performance = self.estimator, self.options.performance
-        with restored_model(estimator, performance, self.progress.seed, self.device) as self._freezing:
-            self.keeper.save(self.progress)  # refuses a scheduler that cannot be saved before any work
+        with restored_model(self.estimator, self.options.performance, self.progress.seed) as self._freezing:
+            self.save()  # refuses a scheduler that cannot be saved before any work
             names = self.progress.chosen
             self.begin_stage(None if names is None else [layer for layer in self.layers if layer.name in names])
             if self.keeper.average is not None and not self.is_resumed:
                 self.keeper.average.begin()  # after all processes got the first one's weights
             self.tell("on_run_begin")
-            quiet = self.ranks.rank > 0 or not self.fit.verbose
-            with epoch_bar(self.progress.epoch, self.fit.nb_epochs, quiet=quiet) as bar:
+            with epoch_bar(self.progress.epoch, self.fit.nb_epochs, self.fit.verbose and self.ranks.rank == 0) as bar:
                 while self.goes_on():
                     self.tell("on_epoch_begin")
                     if self.selection_is_due() and self.goes_on():
@@ -151,11 +151,8 @@ class TrainingLoop:
                         bar.set_postfix(self.history.epochs[-1].summary(), refresh=False)
                         bar.update()
             if self.progress.stopped:
-                self.keeper.save(self.progress)
-            if self.keeper.average is not None:
-                self.keeper.average.apply()
-            if self.fit.restore_best:
-                self.keeper.restore_best()
+                self.save()
+            self.keeper.finish(restore_best=self.fit.restore_best)
             self.tell("on_run_end")
 
     def goes_on(self) -> bool:
@@ -164,15 +161,13 @@ class TrainingLoop:
 
     def tell(self, moment: str, batch: int | None = None, loss: BatchLoss | None = None) -> None:
         """Call a method of the callbacks; the run is stopped if one of them says so."""
-        if self.callbacks.hear(moment):
-            event = RunEvent.of(self, self.progress.batch if batch is None else batch, loss)
-            self.progress.stopped |= self.callbacks.tell(moment, event)
+        batch = self.progress.batch if batch is None else batch
+        self.progress.stopped |= self.callbacks.tell(moment, lambda: RunEvent.of(self, batch, loss))
 
     def selection_is_due(self) -> bool:
         """Return whether layers are chosen before the next batch."""
-        epoch, made = self.progress.epoch, self.history.selections
-        rounds, rest = divmod(epoch - self.options.warmup, self.options.reselect_every)
-        is_made = bool(made) and made[-1].epoch == epoch  # a run may be stopped after it, and go on
+        rounds, rest = divmod(self.progress.epoch - self.options.warmup, self.options.reselect_every)
+        is_made = any(record.epoch == self.progress.epoch for record in self.history.selections)  # and then stopped
         return rounds >= 0 and rest == 0 and self.progress.batch == 0 and not is_made
 
     def begin_stage(self, chosen: list[Layer] | None) -> None:
@@ -182,18 +177,19 @@ class TrainingLoop:
             objective = cls(self.classifier, None, cls.default_weight)
         else:
             self.freeze(chosen)
+            warn_about_still_layers(self.measured_classifier, chosen, self.sample[0], ranks=self.ranks)
             cls, weight = find_objective(self.options.objective), self.options.criticality_weight
             objective = cls(self.classifier, chosen, weight)
         self.stage = Stage.begin(chosen, objective, self.ranks)
+        self.first_batches = FirstBatches(objective)
 
     def freeze(self, chosen: list[Layer]) -> None:
         """Freeze everything outside the chosen layers, and drop the optimiser's state of what is frozen."""
         self._freezing.close()  # a layer that is chosen again must not move by old momentum
         self._freezing.enter_context(only_trainable(self.model, chosen))
         self.estimator._model.zero_grad()  # an optimiser skips parameters without a gradient
-        for parameter in self._trainable:
-            if not parameter.requires_grad:
-                self.optimizer.state.pop(parameter, None)
+        for parameter in (p for p in self._trainable if not p.requires_grad):
+            self.optimizer.state.pop(parameter, None)
 
     def select(self) -> list[Layer]:
         """Measure every layer (eq. 2, 3), choose by the rule within the budget, and record both."""
@@ -253,7 +249,7 @@ class TrainingLoop:
                 progress.batch, progress.seconds = number + 1, time.perf_counter() - start
                 progress.sums = sums.take(progress.sums, self.ranks)
                 if not is_last:
-                    self.keeper.save(progress)
+                    self.save()
         self.history.epochs.append(make_record(progress, self.stage, learning_rate))
 
     def load(self, batch: Batch, number: int) -> Batch:
@@ -261,8 +257,9 @@ class TrainingLoop:
         batch = batch.to(self.device)
         if self.options.augmentation is not None:
             batch = augment(self.options.augmentation, batch, *self.counters, number)
+            check_augmented(batch.x, self.classifier.clip_values, number)
         if self.options.performance.channels_last and batch.x.ndim == 4:
-            batch = Batch(batch.x.contiguous(memory_format=torch.channels_last), batch.y, batch.part)
+            batch = replace(batch, x=batch.x.contiguous(memory_format=torch.channels_last))
         return batch
 
     def attack_for(self, number: int) -> TensorAttack:
@@ -271,8 +268,32 @@ class TrainingLoop:
 
     def perturb(self, batch: Batch, number: int) -> torch.Tensor:
         """Perturb the share `ratio` of batch `number`; seed and epoch set its random numbers too."""
+        objective, attack = self.stage.objective, self.attack_for(number)
+        inner = partial(objective.perturb, attack)
+        if self.reuse is not None and self.stage.chosen is not None:
+            seed, epoch = self.counters
+            if self.meter.is_due(epoch, number, self.history.strengths):
+                images, first = self.load(self.meter.images, number), self.training_attacks[0]
+                record = self.meter.measure(objective, first, images, seed=seed, epoch=epoch)
+                self.history.strengths += [] if record is None else [record]
+            stamp = self._batches_before(number) + 1
+            inner = partial(self.reuse.perturb, objective, attack, seed=seed, epoch=epoch, stamp=stamp)
         reseed(self.device, *self.counters, number)
-        return self.stage.perturb(self.attack_for(number), batch, self.options.ratio)
+        return self.stage.perturb(inner, batch, self.options.ratio)
+
+    def begin_reuse(self) -> None:
+        """Find out whether attacks go on from the last epoch's, and load what a resumed run has found."""
+        self.reuse = None
+        if self.fit.nb_epochs > max(self.options.warmup, self.progress.epoch):
+            self.reuse = make_reuse(self.options, self.training_attacks, self.batches, self.keeper, self.ranks)
+        if self.reuse is not None:
+            self.meter = StrengthMeter.begin(self.reuse, self.sample, self._batches_before(self.progress.batch))
+
+    def save(self) -> None:
+        """Save the run; all processes must call this."""
+        if self.reuse is not None:
+            self.reuse.save(self._batches_before(self.progress.batch))
+        self.keeper.save(self.progress)
 
     def step(self, batch: Batch, x_adv: torch.Tensor, number: int) -> BatchLoss:
         """Make one step of the optimiser on the objective."""
@@ -283,9 +304,8 @@ class TrainingLoop:
         self.guard.before_step(loss.loss)
         # Gradients are averaged over processes, but their parts of a batch may differ by one sample.
         (loss.loss * (self.ranks.size * len(batch) / batch.part.total)).backward()
-        if self.fit.max_grad_norm is not None:
-            stepped = [p for group in self.optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(stepped, self.fit.max_grad_norm)
+        self.first_batches.add(loss, warns=self.ranks.rank == 0)
+        clip_gradient(self.optimizer, self.fit.max_grad_norm)
         self.optimizer.step()
         self.guard.after_step()
         return loss
@@ -301,7 +321,9 @@ class TrainingLoop:
         if self.progress.stopped:
             self.record_validation()
         self.progress.begin_epoch(nb_epochs)
-        self.keeper.save(self.progress)
+        self.save()
+        if self.reuse is not None:
+            self.meter.begin_epoch()
         logger.debug("%s", self.history.epochs[-1])
 
     def record_validation(self) -> None:

@@ -42,7 +42,6 @@ class Schedule:
         cls,
         scheduler: object,
         optimizer: torch.optim.Optimizer,
-        *,
         fit: FitOptions,
         nb_batches: int,
         has_validation: bool,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import nn
 
-from art_clat.attacks.tensor_attack import TensorAttack
 from art_clat.layers.freezing import train_all, train_only
 from art_clat.layers.layer import Layer
 from art_clat.training.checkpoint import Progress
@@ -54,10 +54,10 @@ class Stage:
         """Begin a stage; all processes get the first one's weights."""
         return cls(chosen, objective, ranks.wrap(_ObjectiveModule(objective.classifier.model, objective)))
 
-    def perturb(self, attack: TensorAttack, batch: Batch, ratio: float) -> torch.Tensor:
+    def perturb(self, inner: Callable[[Batch], torch.Tensor], batch: Batch, ratio: float) -> torch.Tensor:
         """Perturb a share `ratio` of a batch, drawn at random over all processes; the other inputs stay clean."""
         if ratio == 1:
-            return self.objective.perturb(attack, batch)
+            return inner(batch)
         total, device = batch.part.total, batch.x.device
         drawn = torch.randperm(total)[: int(np.ceil(ratio * total))]
         place = torch.full((total,), -1)
@@ -66,8 +66,8 @@ class Stage:
         perturbed = torch.nonzero(here >= 0)[:, 0]
         x_adv = batch.x.clone()
         if len(perturbed):
-            indices, among = perturbed.to(device), Part(len(drawn), here[perturbed].to(device))
-            x_adv[indices] = self.objective.perturb(attack, Batch(batch.x[indices], batch.y[indices], among))
+            places, among = perturbed.to(device), Part(len(drawn), here[perturbed].to(device))
+            x_adv[places] = inner(replace(batch.take(perturbed), part=among))
         return x_adv
 
     def loss(self, batch: Batch, x_adv: torch.Tensor) -> BatchLoss:
@@ -98,7 +98,8 @@ class EpochSums:
 
     def add(self, loss: BatchLoss, labels: torch.Tensor) -> None:
         """Add a batch's loss and accuracy; `labels` are index labels."""
-        correct = (loss.logits.argmax(dim=1) == labels).float().mean()
+        logits = loss.logits[: len(labels)]  # a preprocessing of training may append copies
+        correct = (logits.argmax(dim=1) == labels).float().mean()
         means = [loss.loss.detach(), loss.cross_entropy, loss.criticality_loss, correct, torch.ones_like(correct)]
         self._sums += len(labels) * torch.stack(means)
 
@@ -107,6 +108,12 @@ class EpochSums:
         taken = ranks.sum(self._sums).tolist()
         self._sums.zero_()
         return {name: before.get(name, 0.0) + more for name, more in zip(self.NAMES, taken, strict=True)}
+
+
+def clip_gradient(optimizer: torch.optim.Optimizer, max_norm: float | None) -> None:
+    """Scale the gradient of all that an optimiser steps down to a norm; `None` not to."""
+    if max_norm is not None:
+        torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_norm)
 
 
 def make_record(progress: Progress, stage: Stage, learning_rate: float) -> EpochRecord:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,11 +20,13 @@ class Batch:
     :param x: Inputs, shape (n, *input_shape).
     :param y: Index labels, shape (n,), or class probabilities, shape (n, nb_classes).
     :param part: Which samples of the whole batch this process holds.
+    :param index: The samples' indices in the data set, shape (n,), on the CPU; `None` if they have none.
     """
 
     x: torch.Tensor
     y: torch.Tensor
     part: Part
+    index: torch.Tensor | None = None
 
     @classmethod
     def whole(cls, x: torch.Tensor, y: torch.Tensor) -> Batch:
@@ -46,7 +48,19 @@ class Batch:
 
         :return: A batch of the same samples on the device.
         """
-        return Batch(self.x.to(device), self.y.to(device), self.part)
+        return replace(self, x=self.x.to(device), y=self.y.to(device))
+
+    def take(self, places: torch.Tensor) -> Batch:
+        """
+        Take some of the samples.
+
+        :param places: Their places in this batch, on the CPU.
+        :return: A batch of them, which are where they were in the batch of all processes.
+        """
+        on_device = places.to(self.x.device, non_blocking=True)
+        part = Part(self.part.total, torch.arange(self.part.total)[self.part.mine][places])
+        index = None if self.index is None else self.index[places]
+        return Batch(self.x[on_device], self.y[on_device], part, index)
 
     def chunks(self, copies: int = 1) -> list[Batch]:
         """

@@ -5,6 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import numpy as np
+import torch
+
+
+def check_not_in_inference_mode(function: str) -> None:
+    """Refuse to compute gradients where torch has none; ``torch.no_grad`` is no obstacle."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"`{function}` needs gradients, which `torch.inference_mode()` rules out: call it outside of that."
+        )
 
 
 def check_at_least(value: float, minimum: float, *, argument: str) -> None:

@@ -51,3 +51,34 @@ def reseed(device: torch.device, *counters: int) -> None:
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.manual_seed(one << 32 | other)
+
+
+def drawn_by_image(indices: torch.Tensor, count: int, *counters: int) -> torch.Tensor:
+    """
+    Draw numbers for each image that follow from its index and from `counters` alone, without a loop over the images.
+
+    :param indices: The images' indices in the data set, shape (n,).
+    :param count: How many numbers to draw for each.
+    :param counters: Whole numbers of at least 0, such as seed and epoch.
+    :return: Whole numbers from 0 to 2**31 − 1, shape (n, count), on the device of `indices`. Their remainders by a
+             small number are as good as uniform.
+    """
+    words = np.random.SeedSequence([len(counters), *counters]).generate_state(count, np.uint64).view(np.int64)
+    streams = torch.stack([indices * _ODD + int(word) for word in words], dim=1)
+    return _shifted(_mixed(_mixed(streams)), 33)
+
+
+#: 2**64 divided by the golden ratio, as a signed number.
+_ODD = -7046029254386353131
+
+
+def _mixed(z: torch.Tensor) -> torch.Tensor:
+    """Mix the bits of 64-bit numbers: the last steps of SplitMix64 (Steele et al., OOPSLA 2014)."""
+    z = (z ^ _shifted(z, 30)) * -4658895280553007687
+    z = (z ^ _shifted(z, 27)) * -7723592293110705685
+    return z ^ _shifted(z, 31)
+
+
+def _shifted(z: torch.Tensor, by: int) -> torch.Tensor:
+    """Shift 64-bit numbers to the right, and fill up with zeros."""
+    return (z >> by) & ((1 << (64 - by)) - 1)

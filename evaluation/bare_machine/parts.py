@@ -19,6 +19,9 @@ ROOT = Path(__file__).parents[2]
 
 PARTS = ("tests", "speed", "train")
 
+#: Parts of the names of the contenders whose epochs are timed on a GPU.
+TIMED_ON_A_GPU = ("ART Madry", "ART FBF", "PGD-AT", "CLAT adversarial, first half", "reused")
+
 #: pytest's exit status if no test is left to run.
 NO_TESTS = 5
 
@@ -50,7 +53,8 @@ def steps_of(part: str, *, device: str, data: Path | None, folder: Path) -> list
         command = [python, "-m", "pytest", *options, *chosen, str(ROOT / "tests" / "test_devices.py")]
         return [Step("tests", command, {OUTCOMES: str(folder / "outcomes.jsonl")})]
     if part == "speed":
-        form = ["--models", "ResNet-18", "--batches", "8"] if on_gpu else ["--preset", "smoke"]
+        form = ["--models", "ResNet-18", "--batches", "8", "--repeats", "3", "--only", *TIMED_ON_A_GPU]
+        form = form if on_gpu else ["--preset", "smoke"]
         return [
             Step(
                 precision,
@@ -59,7 +63,7 @@ def steps_of(part: str, *, device: str, data: Path | None, folder: Path) -> list
                     *("--output", str(folder / f"speed-{device}-{precision}.md")),
                 ],
             )
-            for precision in (("float32", "tf32", "bfloat16") if on_gpu else ("float32",))
+            for precision in (("float32", "bfloat16", "tf32") if on_gpu else ("float32",))
         ]
     arguments = ["--device", device, "--output", str(folder), "--unpacked", str(ROOT / "runs" / "data")]
     arguments += [] if data is None else ["--data", str(data)]

@@ -145,14 +145,13 @@ class Experiment:
         train, _, test = load_data(self.preset, seed, self.data)
         history, model = trainer.history, trainer.classifier.model
         same = all(torch.equal(value.cpu(), best[key].cpu()) for key, value in model.state_dict().items())
-        of_last = self._measure_accuracies(model, train, test, seed)
-        model.load_state_dict(best)
+        measured = {"last": self._measure_accuracies(model, train, test, seed)}
+        if "best" in self.preset.get("evaluated", ("last", "best")):
+            model.load_state_dict(best)
+            measured["best"] = measured["last"] if same else self._measure_accuracies(model, train, test, seed)
         return {
             "status": "done",
-            "results": {
-                "last": of_last,
-                "best": of_last if same else self._measure_accuracies(model, train, test, seed),
-            },
+            "results": measured,
             "best_epoch": history.best_epoch,
             **_trained(trainer),
             "seconds_per_epoch": _seconds_per_epoch(history),
@@ -202,7 +201,13 @@ class Experiment:
         if self.preset.get("channels_last"):
             model = copy.deepcopy(model).to(memory_format=torch.channels_last)
         return evaluate_robustness(
-            model, *examples, norm="Linf", eps=self.preset["eps"], autoattack_version=autoattack, seed=seed
+            model,
+            *examples,
+            norm="Linf",
+            eps=self.preset["eps"],
+            autoattack_version=autoattack,
+            batch_size=self.preset.get("evaluation_batch_size", 128),
+            seed=seed,
         )
 
 

@@ -19,6 +19,7 @@ from torchvision.transforms import v2
 from art_clat import (
     AdversarialTrainerCLATPyTorch,
     Budget,
+    CropAndFlip,
     LayerOptions,
     PerformanceOptions,
     SelectionOptions,
@@ -37,6 +38,8 @@ LAYER_OPTIONS = ("granularity", "predecessor", "after_norm", "freeze_norms", "he
 AUGMENTATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor] | None] = {
     "none": None,
     "flip": v2.RandomHorizontalFlip(),
+    "flip by index": CropAndFlip(padding=0),
+    "crop and flip by index": CropAndFlip(),
     "crop and flip": v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()]),
 }
 
@@ -95,9 +98,16 @@ def trainer_arguments(preset: Settings, arm_trainer: Settings) -> Settings:
     renames an option, this is the one place to change.
     """
     # The package's defaults may change; what an arm leaves out does not.
-    options = {"objective": "adversarial", "freeze_norms": False, **copy.deepcopy(arm_trainer)}
+    options = {
+        "objective": "adversarial",
+        "freeze_norms": False,
+        "reuse_perturbations": None,
+        **copy.deepcopy(arm_trainer),
+    }
     if isinstance(options.get("budget"), dict):
-        options["budget"] = Budget(**options["budget"])
+        # Arms within a share of the parameters were run before layers were taken in order until one does not fit.
+        fill = {"fill": True} if "parameter_share" in options["budget"] else {}
+        options["budget"] = Budget(**fill, **options["budget"])
     layers = {name: options.pop(name) for name in LAYER_OPTIONS if name in options}
     performance = {name: preset.get(name, False) for name in ("amp", "channels_last")}
     return {

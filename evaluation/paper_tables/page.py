@@ -38,7 +38,7 @@ def aggregate(results: Results) -> str:
         *warning_sections(evidence),
         *failure_sections(evidence),
     ]
-    for letter in begun:
+    for letter in begun if "best_autoattack" in evidence.runs else ():
         file = f"best-against-last-{letter}.png"
         plot_best_against_last(study, study.tables[letter]["arms"], evidence, results.folder / file)
         sections.append(f"![Best against last epoch, table {letter}]({file})")
@@ -173,7 +173,7 @@ def warning_sections(evidence: Evidence) -> list[str]:
         f"- {run['arm']}, seed {run['seed']}, {when} epoch: {message}"
         for run in runs
         for when in ("last", "best")
-        for message in run[f"{when}_warnings"]
+        for message in run.get(f"{when}_warnings", ())
     ]
     return ["## AutoAttack's warnings", "\n".join(warnings) or "Nothing."]
 

@@ -25,6 +25,7 @@ def accuracy_table(study: Study, table: Settings, evidence: Evidence, seeds: Seq
         "PGD-20 on AutoAttack's images": "last_pgd20_on_autoattack_images",
         "train PGD-20": "last_train_pgd20",
     }
+    columns = _measured(columns, evidence)
     rows = []
     for arm in table["arms"]:
         runs, failed = evidence.done(arm), evidence.failed(arm)
@@ -47,6 +48,7 @@ def difference_table(study: Study, table: Settings, evidence: Evidence) -> str:
         "clean": "last_clean",
         "validation": "validation",
     }
+    columns = _measured(columns, evidence)
     compared = study.references(table)
     rows = []
     for other in dict.fromkeys(other for others in compared.values() for other in others):
@@ -60,6 +62,11 @@ def difference_table(study: Study, table: Settings, evidence: Evidence) -> str:
                 rows.append(row)
     titles = [title if title != "best epochs: PGD-20" else "PGD-20" for title in columns]
     return markdown_table(["arm", "against", *(cell for title in titles for cell in (title, "p"))], rows)
+
+
+def _measured(columns: dict[str, str], evidence: Evidence) -> dict[str, str]:
+    """Leave out the best epoch's columns if the preset does not evaluate it."""
+    return {title: column for title, column in columns.items() if column in evidence.runs}
 
 
 def _difference(mean_half_p: tuple[float, float, float]) -> list[str]:

@@ -32,6 +32,9 @@ SHAPE = (3, 32, 32)
 #: How many of the images a CPU works on at once.
 CHUNK = CHUNK_ELEMENTS // (3 * 32 * 32)
 
+#: The trainer's default budget, a share of the layers; and the share of the parameters that early layers may have.
+SHARE = 0.05
+
 Result = dict[str, Any]
 
 
@@ -82,8 +85,26 @@ class Bench:
         return shares
 
     def contenders(self, positions: Mapping[str, str]) -> dict[str, Contender]:
-        """Make every contender, by its name."""
-        return make_contenders(self.classifier, positions, self.data, self.setting)
+        """Make every contender that is measured, by its name."""
+        made = make_contenders(self.classifier, positions, self.groups(), self.data, self.setting)
+        parts = self.setting.only
+        return {name: contender for name, contender in made.items() if not parts or any(p in name for p in parts)}
+
+    def groups(self) -> dict[str, list[str]]:
+        """Return what the default rule and budget choose, and the first layers, up to eight within the budget."""
+        estimator = self.classifier()
+        classifier, attack = TensorClassifier(estimator), TensorAttack(pgd(estimator), TensorClassifier(estimator))
+        x, y = (torch.tensor(array[:64], device=classifier.device) for array in self.data)
+        layers = classifier.find_layers(x)
+        measured = measure(classifier, layers, [Batch.whole(x, y)], attack)
+        body = sorted((layer for layer in measured if not layer.is_head), key=lambda layer: -layer.criticality)
+        most, early = SHARE * sum(p.numel() for p in estimator.model.parameters()), list[str]()
+        for layer in layers[:8]:
+            most -= sum(p.numel() for p in layer.parameters())
+            if most > 0:
+                early.append(layer.name)
+        default = [layer.name for layer in body[: max(1, round(SHARE * len(layers)))]]
+        return {"default rule and budget": default, f"first {len(early)} layers": early}
 
     def run(self) -> Result:
         """Time everything, in turn, then count operations and memory."""

@@ -63,6 +63,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--savings", action="store_true", help="take what saves time away, one thing at a time")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="PART", help="contenders with one of these in the name"
+    )
     parser.add_argument("--output", type=Path, help="Markdown; default: evaluation/results/speed[-savings]-DEVICE.md")
     parser.add_argument("--tables-only", action="store_true", help="write the Markdown from the JSON beside it")
     return parser
@@ -86,6 +89,7 @@ def describe_setting(args: argparse.Namespace, arguments: Sequence[str]) -> dict
         "batches": args.batches,
         "repeats": args.repeats,
         "seed": args.seed,
+        "only": args.only,
         "versions": environment["versions"],
         "date": environment["date"],
     }
@@ -93,7 +97,7 @@ def describe_setting(args: argparse.Namespace, arguments: Sequence[str]) -> dict
 
 def comparable(setting: dict[str, Any]) -> dict[str, Any]:
     """Return what must be equal for results to stand in one table."""
-    return {key: value for key, value in setting.items() if key not in ("date", "command")}
+    return {key: value for key, value in setting.items() if key not in ("date", "command") and value != []}
 
 
 def measure_models(args: argparse.Namespace, content: dict[str, Any], raw: Path) -> None:
@@ -105,6 +109,7 @@ def measure_models(args: argparse.Namespace, content: dict[str, Any], raw: Path)
         batches=args.batches,
         repeats=args.repeats,
         seed=args.seed,
+        only=args.only,
         smoke=args.preset == "smoke",
     )
     for model in args.models:

@@ -105,7 +105,7 @@ class TestConfiguration:
             for name, others in study.references(table).items():
                 bases = {study.arm(one).get("base", "pgd_at") for one in (name, *others)}
                 assert len(bases) == 1  # pairs begin at the same weights
-                assert others or name in {"d_trades", "d_mart", "d_awp", "d_fbf", "rule_random"}
+                assert others or name in {"d_trades", "d_mart", "d_awp", "d_fbf", "rule_random", "g_full"}
                 if letter == "C" and name.startswith("c_") and name != "c_single_step":
                     assert others == ["clat_parameters"]  # not what that one is compared with elsewhere
 
@@ -114,6 +114,7 @@ class TestConfiguration:
         assert full == {**gpu, "amp": False, "channels_last": False, "autoattack_images": 10_000}
         assert resolve_preset(CONFIG["presets"], "full_densenet121") == {**full, "backbone": "densenet121_cifar"}
         settings = set(gpu) | {"stem_stride", "validated_images", "backbone_arguments", "tuned_in"}
+        settings |= {"evaluated", "evaluation_batch_size"}
         assert all(set(resolve_preset(CONFIG["presets"], name)) <= settings for name in CONFIG["presets"])
 
     def test_like_takes_over_all_but_what_is_given(self):

@@ -103,7 +103,7 @@ class Steps(nn.Module):
 
     def __init__(self, interleaved):
         super().__init__()
-        self.conv, self.head = nn.Conv2d(2, 4, 3), nn.Linear(4, 3)
+        self.conv, self.head = nn.Conv2d(2, 4, 3), nn.Linear(4, 4)
         self.interleaved = interleaved
 
     def forward(self, x):

@@ -6,7 +6,13 @@ import torch
 from conftest import NB_CLASSES, Normed, make_attack, make_classifier
 from torch import nn
 
-from art_clat import AdversarialTrainerCLATPyTorch, LayerOptions, create_backbone, measure_criticality
+from art_clat import (
+    AdversarialTrainerCLATPyTorch,
+    LayerOptions,
+    SelectionOptions,
+    create_backbone,
+    measure_criticality,
+)
 from art_clat.layers.discovery import find_layers
 from art_clat.layers.freezing import train_only
 from art_clat.layers.groups import find_groups
@@ -203,7 +209,13 @@ def test_the_trainer_measures_with_its_predecessor(normed, data, predecessor):
     classifier = make_classifier(normed)
     attack = make_attack(classifier)
     expected = measure_criticality(classifier, *data, attack=attack, layers=LayerOptions(predecessor=predecessor))
-    trainer = AdversarialTrainerCLATPyTorch(classifier, attack, layers=LayerOptions(predecessor=predecessor), seed=0)
+    trainer = AdversarialTrainerCLATPyTorch(
+        classifier,
+        attack,
+        layers=LayerOptions(predecessor=predecessor),
+        selection=SelectionOptions(samples=48),
+        seed=0,
+    )
     trainer.fit(*data, nb_epochs=1, batch_size=24, verbose=False)
     measured = trainer.history.selections[0].measured
     assert [layer.criticality for layer in measured] == pytest.approx([e.criticality for e in expected], rel=1e-4)

@@ -188,7 +188,7 @@ def test_costs_one_attack_and_one_forward_pass_of_both_batches_together(chain, d
     passes = []
     chain.first.register_forward_hook(lambda *_: passes.append(1))
     measure_criticality(classifier, *data, attack=make_attack(classifier, max_iter=4), batch_size=16)
-    assert len(passes) == 2 + 3 * (4 + 1)  # finding the layers, and three batches
+    assert len(passes) == 4 + 3 * (4 + 1)  # a look at the output, finding the layers and the heads, and three batches
 
 
 def test_attack_that_moves_nothing_is_refused(chain, data):

@@ -1,3 +1,4 @@
+import logging
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -52,19 +53,43 @@ class TestBudget:
         assert take_layers(Budget(count=2), layers, nb_layers=5, nb_parameters=1) == layers[:2]
         assert take_layers(Budget(count=9), layers, nb_layers=5, nb_parameters=1) == layers
 
-    def test_parameter_share_passes_over_layers_that_do_not_fit(self):
+    def test_filling_passes_over_layers_that_do_not_fit(self):
         small, middle, large = layers = self.layers(3)
         of_sixty = {"nb_layers": 3, "nb_parameters": 60}
-        assert take_layers(Budget(parameter_share=0.5), [middle, large, small], **of_sixty) == [middle, small]
+        budget = Budget(parameter_share=0.5, fill=True)
+        assert take_layers(budget, [middle, large, small], **of_sixty) == [middle, small]
         every = [large, middle, small]
-        assert take_layers(Budget(parameter_share=1.0), every, **of_sixty) == every
-        check_budget(Budget(parameter_share=10 / 60), layers, 60)
+        assert take_layers(Budget(parameter_share=1.0, fill=True), every, **of_sixty) == every
+        check_budget(Budget(parameter_share=10 / 60, fill=True), layers, 60)
         with pytest.raises(ValueError, match="pays for no layer: the smallest that may be chosen, 0, has 10"):
-            check_budget(Budget(parameter_share=9 / 60), layers, 60)
+            check_budget(Budget(parameter_share=9.9 / 60, fill=True), layers, 60)
+
+    def test_a_share_of_the_parameters_is_taken_in_order(self, caplog):
+        one, two, three, four, five = layers = self.layers(5)  # 10, 20, 30, 40 and 50 parameters
+        of_hundreds = {"nb_layers": 5, "nb_parameters": 1000}
+
+        def take(share, *ranked):
+            return take_layers(Budget(parameter_share=share), ranked, **of_hundreds)
+
+        assert take(0.05, two, three, one) == [two, three]  # 50 of 50
+        assert take(0.05, three, four, one) == [three]  # stops; the worse layer is not taken instead
+        assert take(0.03, five, one, four, two, three) == [one, two]  # the larger ones are passed over
+        assert take(0.0455, five, one) == [five]  # 50 is within a tenth of 45.5
+        assert take(0.045, five, one) == [one]
+        assert take(0.03, four, three) == [three]
+        check_budget(Budget(parameter_share=0.0095), layers, 1000)
+        with pytest.raises(ValueError, match="pays for no layer"):
+            check_budget(Budget(parameter_share=0.009), layers, 1000)
+        with caplog.at_level(logging.INFO, logger="art_clat.selection.budget"):
+            take(0.03, five, one, four, two)
+        assert [r.getMessage() for r in caplog.records] == [
+            "Larger than the budget parameter_share=0.03, and passed over: 4, 3."
+        ]
 
     @pytest.mark.parametrize(
         "arguments",
-        [{}, {"share": 0.1, "count": 1}, {"share": 0}, {"share": 1.1}, {"count": 0}, {"count": 1.5}, {"count": True},
+        [{}, {"count": 1, "fill": True},
+         {"share": 0.1, "count": 1}, {"share": 0}, {"share": 1.1}, {"count": 0}, {"count": 1.5}, {"count": True},
          {"parameter_share": math.nan}, {"parameter_share": "5 %"}],
     )  # fmt: skip
     def test_bad_input(self, arguments):

@@ -184,7 +184,7 @@ class TestResume:
         assert_equal(fit(run, tmp_path), fit(make_run(scheduler=scheduler)))
 
     def test_a_finished_run_is_loaded_and_the_log_says_so(self, tmp_path, caplog):
-        caplog.set_level("INFO", "art_clat.training.loop")
+        caplog.set_level("INFO", "art_clat.training")
         first = make_run()
         expected = fit(first, tmp_path)
         assert "is finished" not in caplog.text
@@ -314,7 +314,7 @@ def test_killed_while_writing(tmp_path, monkeypatch, at):
     assert (tmp_path / "last.safetensors").read_bytes() == before
     (tmp_path / "last.safetensors.1.tmp").write_bytes(b"of a killed process")
     fit(make_run(Chain), tmp_path, nb_epochs=2)
-    assert [path.name for path in tmp_path.iterdir()] == ["last.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.safetensors", "run.lock"]
 
 
 def test_what_is_written_has_reached_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
@@ -373,7 +373,7 @@ class TestBest:
                 robust_accuracy=accuracy,
             )  # fmt: skip
             keeper.consider(record)
-        keeper.restore_best()
+        keeper.finish(restore_best=True)
         assert (chain.first.bias == 1).all()
 
     def test_needs_validation_data(self):

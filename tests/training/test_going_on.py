@@ -79,6 +79,44 @@ def test_an_epoch_at_a_time_in_a_folder(tmp_path):
     assert_equal(given, expected)
 
 
+class TestReusedPerturbations:
+    """Attacks that go on from the last epoch's go on from those of the last call."""
+
+    REUSED = {"augmentation": None, "reuse_perturbations": 1}  # noqa: RUF012
+
+    def make(self):
+        return make(**self.REUSED)
+
+    def test_an_epoch_at_a_time(self):
+        straight, run = self.make(), self.make()
+        expected = fit(straight, 7)
+        for nb_epochs in (1, 2, 3, 5, 6, 7):
+            given = fit(run, nb_epochs, resume=True)
+        assert_equal(given, expected)
+        assert run[0].history.strengths == straight[0].history.strengths != []
+        other = fit(make(augmentation=None), 7)
+        assert any(not torch.equal(other[name], expected[name]) for name in expected)
+
+    def test_a_call_that_fails(self):
+        expected, run = fit(self.make(), 6), self.make()
+        fit(run, 4, resume=True)
+        interrupt(run[0], 3 + 2)
+        with pytest.raises(KeyboardInterrupt):
+            fit(run, 6, resume=True)
+        run[0].loop_class = TrainingLoop
+        assert_equal(fit(run, 6, resume=True), expected)
+
+    @pytest.mark.parametrize("first", [1, 2, 3, 4])
+    def test_a_finished_run_gets_more_epochs(self, tmp_path, first):
+        fit(self.make(), first, checkpoint=tmp_path)
+        assert_equal(fit(self.make(), 6, checkpoint=tmp_path), fit(self.make(), 6))
+
+    @pytest.mark.parametrize("at", [7, 8, 9, 10, 13])
+    def test_a_stopped_run(self, tmp_path, at):
+        fit(self.make(), 6, checkpoint=tmp_path, callbacks=[Stop("on_batch_end", at)])
+        assert_equal(fit(self.make(), 5, checkpoint=tmp_path), fit(self.make(), 5))
+
+
 def test_a_plateau_does_not_count_the_last_validation_of_a_run_that_goes_on(tmp_path):
     def scheduler(optimizer):
         return lr.ReduceLROnPlateau(optimizer, mode="max", patience=1)

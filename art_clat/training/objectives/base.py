@@ -64,6 +64,8 @@ class Objective(abc.ABC):
     trains_whole_network: ClassVar[bool] = False
     #: Whether the logits of :meth:`loss` are those of the perturbed batch.
     logits_are_adversarial: ClassVar[bool] = True
+    #: Whether the second term is a feature distance, which should stay small beside the cross-entropy.
+    has_distance: ClassVar[bool] = False
     #: Whether :meth:`inner_loss` is climbed in one step of size ε instead of the attack's steps.
     single_step: ClassVar[bool] = False
 
@@ -111,14 +113,20 @@ class Objective(abc.ABC):
         """
         if not self.has_inner_loss():
             return attack(batch)
-        return attack.climb(self._climbed, batch, start=self.inner_start(attack, batch), single_step=self.single_step)
+        return attack.climb(self.climbed, batch, start=self.inner_start(attack, batch), single_step=self.single_step)
 
     @classmethod
     def has_inner_loss(cls) -> bool:
         """Return whether the class overrides :meth:`inner_loss`; if so, the attack's ball and steps must be known."""
         return cls.inner_loss is not Objective.inner_loss
 
-    def _climbed(self, batch: Batch) -> Loss:
+    def climbed(self, batch: Batch) -> Loss:
+        """
+        Return the loss that the inner attack climbs, the attack's own included.
+
+        :param batch: The batch before the attack.
+        :return: A function of perturbed inputs.
+        """
         loss = self.inner_loss(batch)
         return self.classifier.loss_on(batch.y) if loss is None else loss
 

@@ -20,6 +20,7 @@ from art_clat.utils.modes import kept_statistics
 class _FeatureObjective(Objective):
     """An objective that contains the feature distance of the chosen layers."""
 
+    has_distance = True
     relative: ClassVar[bool] = False
 
     def __init__(self, classifier: TensorClassifier, layers: Sequence[Layer] | None, weight: float) -> None:
