@@ -138,14 +138,17 @@ def test_dropout_norms_and_the_best_epoch_survive_calls_that_resume():
     assert_equal(given, expected)
 
 
-def test_one_epoch_a_call_without_resume_never_reaches_clat_and_with_it_does():
+def test_one_epoch_a_call_without_resume_never_reaches_clat_and_with_it_does(caplog):
     trainer = make("none")[0]
     for _ in range(4):
         fit((trainer, None), 1)
         assert stages(trainer) == ["adversarial training"]
+    assert caplog.text.count("CLAT never begins") == caplog.text.count("`resume=True` to train an epoch at a time") == 4
+    caplog.clear()
     trainer = make("none")[0]
     for nb_epochs in range(1, 5):
         fit((trainer, None), nb_epochs, resume=True)
+    assert "CLAT never begins" not in caplog.text
     assert stages(trainer) == ["adversarial training"] * 2 + ["clat"] * 2
 
 
