@@ -208,11 +208,14 @@ class ReuseOptions:
         return cls(steps=reuse)
 
 
-#: Values of what the paper leaves open, by preset. "default" was chosen on validation images, see
+_DEFAULT = {"objective": "adversarial", "selection": "criticality", "weight_perturbation": 0.0, "freeze_norms": True}
+
+#: Values of what the papers leave open, by preset. "default" was chosen on validation images, see
 #: evaluation/results/paper_tables.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "default": {"objective": "adversarial", "freeze_norms": True},
-    "paper": {"objective": "clean", "freeze_norms": False},
+    "default": _DEFAULT,
+    "paper": {**_DEFAULT, "objective": "clean", "freeze_norms": False},
+    "safer": {**_DEFAULT, "objective": "pgd_at", "selection": "sharpness", "weight_perturbation": 0.01},
 }
 
 
@@ -230,6 +233,7 @@ class TrainerOptions:
     first_stage: str
     objective: str
     criticality_weight: float
+    weight_perturbation: float
     selection: SelectionOptions
     budget: Budget
     reselect_every: int
@@ -244,6 +248,7 @@ class TrainerOptions:
         check_share(self.ratio, argument="ratio")
         check_whole(self.warmup, 0, argument="warmup")
         check_at_least(self.criticality_weight, 0, argument="criticality_weight")
+        check_at_least(self.weight_perturbation, 0, argument="weight_perturbation")
         check_whole(self.reselect_every, 1, argument="reselect_every")
         if self.ema_decay is not None and not (is_number(self.ema_decay) and 0 < self.ema_decay < 1):
             raise ValueError(f"`ema_decay` must be a number in (0, 1), or None, got {self.ema_decay!r}.")
@@ -255,6 +260,11 @@ class TrainerOptions:
             raise TypeError(f"`performance` must be a PerformanceOptions, got {self.performance!r}.")
         if self.seed is not None:
             check_seed(self.seed)
+
+    def chooses_before(self, epoch: int) -> bool:
+        """Return whether layers are chosen before an epoch."""
+        rounds, rest = divmod(epoch - self.warmup, self.reselect_every)
+        return rounds >= 0 and rest == 0
 
     def describe(self) -> dict[str, Any]:
         """Return the options as JSON can hold them; a function becomes its ``repr`` without the address."""
@@ -347,13 +357,14 @@ class FitOptions:
         return {name: getattr(self, name) for name, value in defaults.items() if getattr(self, name) != value}
 
 
-def preset_values(preset: str, objective: str | None, layers: LayerOptions) -> tuple[str, LayerOptions]:
-    """Return objective and layer options; what the user left at `None` comes from the preset."""
+def preset_values(preset: str, layers: LayerOptions, **given: Any) -> dict[str, Any]:
+    """Return the options that a preset sets, by name; what the user left at `None` comes from the preset."""
     check_choice(preset, tuple(PRESETS), argument="preset")
     values = PRESETS[preset]
     if layers.freeze_norms is None:
         layers = replace(layers, freeze_norms=values["freeze_norms"] and layers.granularity == "layer")
-    return values["objective"] if objective is None else objective, layers
+    options = {name: values[name] if value is None else value for name, value in given.items()}
+    return {**options, "selection": SelectionOptions.of(options["selection"]), "layers": layers}
 
 
 def _plain(value: object) -> Any:

@@ -85,7 +85,8 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         first_stage: str = "pgd_at",
         objective: str | None = None,
         criticality_weight: float | None = None,
-        selection: SelectionOptions | RuleLike = "criticality",
+        weight_perturbation: float | None = None,
+        selection: SelectionOptions | RuleLike | None = None,
         budget: float | Budget = 0.05,
         reselect_every: int = 10,
         layers: LayerOptions | Granularity = "layer",
@@ -106,20 +107,20 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         :param ratio: The share of each batch to perturb, in (0, 1].
         :param warmup: Number of epochs of adversarial training of the whole network at the beginning of ``fit``. At 0
                the network should already be adversarially trained.
-        :param first_stage: What the warm-up minimises: ``"pgd_at"``, ``"trades"`` or ``"mart"``.
+        :param first_stage: The warm-up's objective: ``"pgd_at"``, ``"trades"``, ``"mart"``, ``"awp"`` or ``"fgsm_rs"``.
         :param objective: What the second stage minimises over the chosen layers: a name of
-               :func:`art_clat.list_objectives`, described in :mod:`art_clat.training.objectives`, or `None` for the
-               preset's. ``"adversarial"``: cross-entropy on the attack's examples, and the feature distance at the same
-               perturbations. ``"clean"``: eq. 5 and 6 to the letter.
+               :func:`art_clat.list_objectives`, or `None` for the preset's. ``"adversarial"``: cross-entropy and
+               feature distance on the attack's examples. ``"clean"``: eq. 5 and 6 to the letter.
         :param criticality_weight: λ of eq. 6, at least 0: the weight of the batch mean of the chosen layers' summed
-               feature distance, or of a rival objective's second term. `None` for the objective's default; the paper
-               does not report it. The distance grows with a feature's size, so a value does not transfer to another
-               network.
-        :param selection: The rule that scores the layers: ``"criticality"`` (the paper's), one of its rivals
-               (:func:`art_clat.list_selection_rules`), a function of :class:`art_clat.Candidates`, or names of layers
-               that are always chosen. :class:`art_clat.SelectionOptions` also sets the number of samples to measure.
-        :param budget: Share of the layers that are chosen, in (0, 1]; or a :class:`art_clat.Budget`: a number of
-               layers, or a share of the parameters.
+               feature distance, or of a rival objective's second term. `None` for the objective's default. The distance
+               grows with a feature's size, so a value does not transfer to another network.
+        :param weight_perturbation: γ of AWP (arXiv 2004.05884), at least 0: the second stage takes each step's gradient
+               where every trained weight tensor has moved by γ times its length along its gradient. The first stage
+               does so with ``"awp"``, at 0.01 if γ is 0. `None` for the preset's.
+        :param selection: The rule that scores the layers: ``"criticality"`` (the paper's), another name of
+               :func:`art_clat.list_selection_rules`, a function of :class:`art_clat.Candidates`, names of layers that
+               are always chosen, or :class:`art_clat.SelectionOptions`. `None` for the preset's.
+        :param budget: Share of the layers that are chosen, in (0, 1]; or a :class:`art_clat.Budget`.
         :param reselect_every: Number of epochs, at least 1, after which the layers are chosen again.
         :param layers: What counts as one layer: ``"layer"``, ``"block"``, a list of module names and regular
                expressions, or :class:`art_clat.LayerOptions`.
@@ -134,9 +135,9 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
                image's first visit runs the full attack. `None`: the full attack in every epoch. ``"auto"``: one step
                if perturbations can be reused, otherwise the full attack, and the log says why.
         :param performance: Mixed precision, compilation and memory format, :class:`art_clat.PerformanceOptions`.
-        :param preset: Sets `objective` and ``layers.freeze_norms`` if they are `None`. ``"default"``: ``"adversarial"``
-               and frozen norms, which helped on validation images. ``"paper"``: ``"clean"``, norms of chosen layers
-               trained.
+        :param preset: Sets what is `None`. ``"default"``: ``"adversarial"``, ``"criticality"``, γ = 0, norms frozen.
+               ``"paper"``: ``"clean"``, norms of chosen layers trained. ``"safer"``: ``"pgd_at"``, ``"sharpness"``,
+               γ = 0.01 (SAFER, arXiv 2501.01529).
         :param seed: Seed of the data order, the attacks and dropout, 0 … 2**32 − 1. `None` draws one from NumPy's
                global generator, so that ``np.random.seed`` makes a run repeatable, as with ART's trainers.
         :raises TypeError: If `classifier` is not a ``PyTorchClassifier``, `attacks` are not evasion attacks, or an
@@ -147,19 +148,18 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
         """
         check_classifier(classifier, needs_optimizer=True)
         attack_list = check_attacks(attacks, classifier)
-        objective, layer_options = preset_values(preset, objective, LayerOptions.of(layers))
-        weight = find_objective(objective).default_weight if criticality_weight is None else criticality_weight
+        given = {"objective": objective, "selection": selection, "weight_perturbation": weight_perturbation}
+        from_preset = preset_values(preset, LayerOptions.of(layers), **given)
+        default_weight = find_objective(from_preset["objective"]).default_weight
         #: All options, with the values that were left at `None` filled in.
         self.options = TrainerOptions(
             ratio=ratio,
             warmup=warmup,
             first_stage=first_stage,
-            objective=objective,
-            criticality_weight=weight,
-            selection=SelectionOptions.of(selection),
+            criticality_weight=default_weight if criticality_weight is None else criticality_weight,
             budget=Budget.of(budget),
             reselect_every=reselect_every,
-            layers=layer_options,
+            **from_preset,
             augmentation=augmentation,
             ema_decay=ema_decay,
             reuse_perturbations=ReuseOptions.of(reuse_perturbations),
@@ -167,12 +167,13 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
             seed=seed,
         )
         as_rule(self.options.selection.rule)
-        find_groups(classifier.model, layer_options.granularity)
+        find_groups(classifier.model, self.options.layers.granularity)
         check_inner_attacks(self.options, attack_list, TensorClassifier(classifier))
         super().__init__(classifier, attack_list, ratio)
         #: The record of the latest ``fit``.
         self.history = History()
         self._kept: dict[str, Any] | None = {}  # what `resume=True` goes on with; None after a call without it
+        self._said: set[str] = set()  # warnings that are not repeated when `fit` is called again
 
     @property
     def ratio(self) -> float:
@@ -287,9 +288,12 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
     def _run(self, fit: FitOptions, batches: Batches, data: Any, validation_data: object, scheduler: Scheduler) -> None:
         """Run the training loop; its record is kept even if it raises. `data` are `None` for a generator."""
         check_not_in_inference_mode("fit")
-        check_loss(estimator := self._classifier)
+        check_loss(self._classifier)
+        estimator, has_validation = self._classifier, validation_data is not None
+        schedule = Schedule.of(
+            scheduler, estimator.optimizer, fit=fit, nb_batches=batches.nb_batches, has_validation=has_validation
+        )
         validation = check_validation(estimator, validation_data)
-        schedule = Schedule.of(scheduler, estimator.optimizer, fit, batches.nb_batches, validation is not None)
         ranks = Ranks.join(torch.device(estimator.device))
         kept = self._kept if fit.resume and fit.checkpoint is None else None
         parts: dict[str, Any] = {"fit": fit, "validation": validation, "schedule": schedule, "ranks": ranks}
@@ -297,7 +301,13 @@ class AdversarialTrainerCLATPyTorch(AdversarialTrainer):  # type: ignore[misc]
             attacks = check_attacks(self.attacks, estimator)
             keeper = make_keeper(estimator, attacks, options=self.options, data=data, kept=kept, **parts)
             loop = self.loop_class(
-                estimator=estimator, attacks=attacks, options=self.options, batches=batches, keeper=keeper, **parts
+                estimator=estimator,
+                attacks=attacks,
+                options=self.options,
+                batches=batches,
+                keeper=keeper,
+                said=self._said,
+                **parts,
             )
             with torch.enable_grad(), keeper.held():
                 loop.prepare()

@@ -46,6 +46,8 @@ CONFIGURATIONS = {
         {"first_stage": "mart", "objective": "mart", "selection": "module_robustness_highest", "ema_decay": 0.8},
         {},
     ),
+    "single steps, watched": ({"first_stage": "fgsm_rs"}, {}),
+    "weights perturbed in both stages": ({"first_stage": "awp", "weight_perturbation": 0.05, "ema_decay": 0.8}, {}),
     "two attacks, one through NumPy": ({"numpy": True, "norm": ForeignBatchNorm}, {"drop_last": True}),
 }
 
@@ -197,7 +199,7 @@ def hooks_left(output):
         "state": outcome(trainer)["state"],
         "threads": threads_left(),
         "seen": [value for batch in seen[:4] for value in batch],  # four batches are an epoch
-        "left out": left_out[0],
+        "left out": left_out[1],  # the first pass in training mode only looks at the output
         "written": len(written),
     }
 

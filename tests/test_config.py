@@ -42,6 +42,14 @@ def make_trainer(chain, **options):
             },
         ),
         ({"preset": "paper"}, {"objective": "clean", "layers": LayerOptions(freeze_norms=False)}),
+        (
+            {"preset": "safer"},
+            {"objective": "pgd_at", "selection": "sharpness", "weight_perturbation": 0.01, "reselect_every": 10},
+        ),
+        (
+            {"preset": "safer", "selection": "random", "weight_perturbation": 0},
+            {"objective": "pgd_at", "selection": "random"},
+        ),
     ],
 )
 def test_shorthand_equals_the_full_options(chain, short, whole):
@@ -52,7 +60,7 @@ def test_an_objective_has_a_default_weight(chain):
     weights = {name: make_trainer(chain, objective=name).options.criticality_weight for name in list_objectives()}
     assert weights == {
         "adversarial": 0.02, "clean": 0.05, "clean_single_step": 0.05, "relative": 1.0, "pgd_at": 0.0, "trades": 6.0,
-        "mart": 5.0,
+        "mart": 5.0, "awp": 0.0, "fgsm_rs": 0.0,
     }  # fmt: skip
     assert make_trainer(chain, objective="clean", criticality_weight=0).options.criticality_weight == 0
 
@@ -89,7 +97,7 @@ def test_options_name_the_argument_with_a_bad_value(make, error, match):
     ("options", "error", "match"),
     [
         ({"performance": {"amp": True}}, TypeError, "`performance` must be a PerformanceOptions, got {'amp': True}"),
-        ({"preset": "clat"}, ValueError, "`preset` must be one of 'default', 'paper', got 'clat'"),
+        ({"preset": "clat"}, ValueError, "`preset` must be one of 'default', 'paper', 'safer', got 'clat'"),
         ({"objective": "pgd"}, ValueError, "`objective` must be one of 'adversarial', .*, got 'pgd'"),
         ({"first_stage": "adversarial"}, ValueError, "`first_stage` must be one of 'pgd_at', 'trades', 'mart'"),
         ({"selection": "worst"}, ValueError, "`selection` must be one of 'criticality', .*, got 'worst'"),
@@ -102,7 +110,7 @@ def test_the_trainer_names_the_argument_with_a_bad_value(chain, options, error, 
 
 def test_lists_of_names():
     assert list_objectives()[0] == "adversarial" and list_selection_rules()[0] == "criticality"
-    assert list_objectives(first_stage=True) == ["pgd_at", "trades", "mart"]
+    assert list_objectives(first_stage=True) == ["pgd_at", "trades", "mart", "awp", "fgsm_rs"]
 
 
 def test_repr_of_the_trainer(chain):

@@ -441,7 +441,7 @@ class TestPresets:
 
     def test_unknown_preset(self, normed):
         classifier = make_classifier(normed)
-        with pytest.raises(ValueError, match="`preset` must be one of 'default', 'paper', got 'clean'"):
+        with pytest.raises(ValueError, match="`preset` must be one of 'default', 'paper', 'safer', got 'clean'"):
             AdversarialTrainerCLATPyTorch(classifier, make_attack(classifier), preset="clean")
 
 

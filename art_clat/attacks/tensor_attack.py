@@ -123,6 +123,22 @@ class TensorAttack:
         with self.classifier.attacked():
             return climb_in_chunks(ascent, loss_on, batch, start)
 
+    def in_few_steps(self, batch: Batch, nb_steps: int, *, reach: float) -> torch.Tensor:
+        """
+        Attack the output within the attack's ball, from a random start, in steps of another number and size.
+
+        :param batch: Inputs, with the labels to attack.
+        :param nb_steps: Number of steps, at least 1.
+        :param reach: Their summed length, in units of ε.
+        :return: Adversarial examples, shape of ``batch.x``.
+        :raises ValueError: If the attack runs through ``generate``.
+        """
+        ascent = self._required_ascent
+        step = reach * ascent.ball.eps / nb_steps
+        ascent = replace(ascent, step=step, nb_steps=nb_steps, random_start=True, decay=None)
+        with self.classifier.attacked():
+            return climb_in_chunks(ascent, self._output_loss, batch, ascent.start(batch.x, batch.part))
+
     def go_on(
         self,
         loss_on: Callable[[Batch], Loss],

@@ -151,7 +151,7 @@ def read_state_dict(path: str | os.PathLike[str], weights: str | None = None) ->
     if averages or (averaged and plain):
         read = "the weights of the last step" if weights == "raw" else "their average"
         logger.info("%s has weights and their average: %s is read (`weights`).", path, read)
-    of_network = {name: t for name, t in tensors.items() if not name.startswith(("optimizer:", "average:"))}
+    of_network = {name: t for name, t in tensors.items() if not name.startswith(("optimizer:", "average:", "good:"))}
     return of_network if weights == "raw" else of_network | averages
 
 

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from art_clat.config import Budget
 from art_clat.layers.layer import Layer
-from art_clat.selection.budget import take_layers
+from art_clat.selection.budget import check_budget, take_layers
 from art_clat.selection.candidates import Candidates
 
 
@@ -24,6 +25,13 @@ def check_names(selection: object, eligible: Sequence[Layer]) -> None:
             f"`selection` names {', '.join(unknown)}, which cannot be chosen; the layers that can be are "
             f"{', '.join(known)}."
         )
+
+
+def check_selection(selection: object, budget: Budget, eligible: Sequence[Layer], model: nn.Module) -> None:
+    """Refuse names of layers that may not be chosen, and a budget that pays for none."""
+    check_names(selection, eligible)
+    if selection != "all" and not isinstance(selection, (list, tuple)):  # these ignore the budget
+        check_budget(budget, eligible, sum(p.numel() for p in model.parameters()))
 
 
 def eligible_layers(layers: Sequence[Layer], *, head_eligible: bool) -> list[Layer]:

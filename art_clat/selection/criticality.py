@@ -41,6 +41,8 @@ class LayerCriticality:
            2202.02626). It depends neither on the number nor on the scale of a layer's outputs.
     :param relative_criticality: ``R_i / R_{i−1}``, how much a layer amplifies a relative perturbation; NaN if the
            predecessor's relative error is zero.
+    :param rms_criticality: Eq. 3 with N → √N: the ratio of the root mean squares of the features' changes. Unlike
+           `criticality` it does not change with the numbers of elements ``N_i`` and ``N_{i−1}`` alone; NaN as there.
     :param nb_parameters: Number of the layer's scalar parameters, those of its norm included.
     :param shape: Shape of one sample's feature.
     :param is_head: Whether the layer computes the class scores.
@@ -54,6 +56,7 @@ class LayerCriticality:
     is_head: bool
     relative_error: float = math.nan
     relative_criticality: float = math.nan
+    rms_criticality: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -211,12 +214,14 @@ def measure(
     absolute, error, *entering = (
         [total / nb_samples for total in totals[first : first + count]] for first in range(0, len(totals), count)
     )
-    input_weakness = moved / nb_samples / math.prod(classifier.estimator.input_shape)
+    input_size = math.prod(classifier.estimator.input_shape)
+    input_weakness = moved / nb_samples / input_size
     weakness = [value / layer.size for value, layer in zip(absolute, layers, strict=True)]
+    sizes_before = [input_size, *(layer.size for layer in layers[:-1])]
     before, error_before = [input_weakness, *weakness[:-1]], [moved_relatively / nb_samples, *error[:-1]]
     if from_inputs:
-        sizes = [1 if layer.input is None else layer.input.size for layer in layers]
-        before = [value / size for value, size in zip(entering[0], sizes, strict=True)]
+        sizes_before = [1 if layer.input is None else layer.input.size for layer in layers]
+        before = [value / size for value, size in zip(entering[0], sizes_before, strict=True)]
         error_before = entering[1]
     return Criticality(
         layers=tuple(
@@ -224,6 +229,7 @@ def measure(
                 name=layer.name,
                 weakness=weakness[i],
                 criticality=_ratio(weakness[i], before[i]),
+                rms_criticality=_ratio(weakness[i] * layer.size**0.5, before[i] * sizes_before[i] ** 0.5),
                 relative_error=error[i],
                 relative_criticality=_ratio(error[i], error_before[i]),
                 nb_parameters=layer.nb_parameters,

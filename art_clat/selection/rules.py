@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from art_clat.config import RuleLike
 from art_clat.selection.candidates import Candidates
 from art_clat.selection.choice import check_names
 from art_clat.utils.checks import check_choice
+from art_clat.utils.weights import move, perturbable, put_back
 
 #: A function that returns one score a layer, in execution order. The eligible layers with the highest scores are
 #: chosen, as many as the budget allows. Infinity chooses a layer whatever the budget, NaN and minus infinity never do.
@@ -55,7 +55,7 @@ def list_selection_rules() -> list[str]:
     List the rules that the trainer's ``selection=`` accepts by name.
 
     >>> list_selection_rules()[:3]
-    ['criticality', 'relative_criticality', 'relative_error']
+    ['criticality', 'criticality_rms', 'relative_criticality']
 
     :return: The names, in the order of registration.
     """
@@ -74,6 +74,12 @@ def as_rule(selection: RuleLike) -> SelectionRule:
 def _criticality(candidates: Candidates) -> list[float]:
     """CLAT's criticality index, eq. 3 (arXiv 2408.10204)."""
     return [entry.criticality for entry in candidates.criticality]
+
+
+@register_selection_rule("criticality_rms")
+def _criticality_rms(candidates: Candidates) -> list[float]:
+    """Eq. 3 with the root mean square of a feature's change, which does not depend on the feature's size."""
+    return [entry.rms_criticality for entry in candidates.criticality]
 
 
 @register_selection_rule("relative_criticality")
@@ -101,7 +107,7 @@ def _loss_rises(candidates: Candidates) -> list[float]:
             rises.append(math.nan)
             continue
         parameters = [p for p in layer.parameters() if p.ndim > 1] or layer.parameters()
-        with _put_back(parameters) as originals, torch.no_grad():
+        with put_back(parameters) as originals, torch.no_grad():
             radius, highest = MODULE_RADIUS * _length(originals), before
             for _ in range(MODULE_STEPS):
                 with torch.enable_grad():
@@ -128,6 +134,35 @@ def _module_robustness_highest(candidates: Candidates) -> list[float]:
 def _module_robustness_lowest(candidates: Candidates) -> list[float]:
     """The layers with the lowest module robust criticality, which RiFT fine-tunes (arXiv 2308.02533)."""
     return [-rise for rise in _loss_rises(candidates)]
+
+
+#: Length of the weight perturbation that sharpness is measured with, relative to each weight tensor's: the γ of
+#: ``preset="safer"``.
+SHARPNESS_RADIUS = 0.01
+
+
+@register_selection_rule("sharpness")
+def _sharpness(candidates: Candidates) -> list[float]:
+    """
+    The layers in whose weights the adversarial loss is sharpest, by which SAFER chooses (arXiv 2501.01529).
+
+    It is the rise of the loss, on the same adversarial examples, when the weights of one layer have moved along their
+    gradient as before a step with ``weight_perturbation=0.01``. As in sharpness-aware minimisation, one step of ascent
+    stands for the worst perturbation.
+    """
+    weights = set(perturbable(candidates.classifier.model))
+    moved = {
+        layer: [p for p in layer.parameters() if p in weights] or layer.parameters() for layer in candidates.eligible
+    }
+    every = list(dict.fromkeys(parameter for group in moved.values() for parameter in group))
+    gradients = dict(zip(every, candidates.gradients(every), strict=True))  # every layer's climb begins at one point
+    before, rises = candidates.adversarial_loss(), []
+    for layer in candidates.layers:
+        group = moved.get(layer, [])
+        with put_back(group):
+            move(group, [gradients[parameter] for parameter in group], SHARPNESS_RADIUS)
+            rises.append(candidates.adversarial_loss() - before if group else math.nan)
+    return rises
 
 
 #: Weight of the clean gradient in CURE's prominence. The adversarial gradient has the rest.
@@ -190,18 +225,6 @@ def _fixed(names: Sequence[str]) -> SelectionRule:
         return [math.inf if layer.name in names else -math.inf for layer in candidates.layers]
 
     return fixed
-
-
-@contextmanager
-def _put_back(parameters: Sequence[torch.nn.Parameter]) -> Iterator[list[torch.Tensor]]:
-    """Yield copies of parameters, and write these back on leaving."""
-    originals = [parameter.detach().clone() for parameter in parameters]
-    try:
-        yield originals
-    finally:
-        with torch.no_grad():
-            for parameter, original in zip(parameters, originals, strict=True):
-                parameter.copy_(original)
 
 
 def _length(tensors: Sequence[torch.Tensor]) -> float:

@@ -1,4 +1,4 @@
-"""An exponential moving average of a network's weights over the steps of training."""
+"""A copy of a network's weights, and their exponential moving average over the steps of training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,36 @@ from torch import nn
 from art_clat.utils.weights import load_weights, named_tensors, weights
 
 
-class Average:
+class Snapshot:
+    """A copy of a network's parameters and buffers, on their devices."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._tensors = {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()}
+
+    def take(self) -> None:
+        """Copy the current weights."""
+        for name, tensor in named_tensors(self._model).items():
+            self._tensors[name].copy_(tensor.detach())
+
+    def apply(self) -> None:
+        """Put the copy into the network."""
+        load_weights(self._model, self._tensors)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Copy the tensors to the CPU, by name."""
+        return {
+            name: tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for name, tensor in self._tensors.items()
+        }
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Load what :meth:`state` returned; a KeyError if a tensor is missing."""
+        for name, tensor in self._tensors.items():
+            tensor.copy_(state[name])
+
+
+class Average(Snapshot):
     """
     Averages parameters and buffers over the steps of training, the latest weighing most (Polyak averaging).
 
@@ -21,9 +50,8 @@ class Average:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self._model = model
+        super().__init__(model)
         self._decay = decay
-        self._tensors = {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()}
         self._averaged = {  # neither counts nor masks of −∞, which are copied
             name
             for name, tensor in self._tensors.items()
@@ -37,8 +65,7 @@ class Average:
 
     def begin(self) -> None:
         """Set the average to the current weights."""
-        for name, tensor in named_tensors(self._model).items():
-            self._tensors[name].copy_(tensor.detach())
+        self.take()
 
     def update(self, step: int) -> None:
         """Move the average towards the current weights; `step` counts the earlier updates."""
@@ -59,19 +86,3 @@ class Average:
             yield
         finally:
             load_weights(self._model, current)
-
-    def apply(self) -> None:
-        """Put the average into the network."""
-        load_weights(self._model, self._tensors)
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """Copy the average to the CPU, by name."""
-        return {
-            name: tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for name, tensor in self._tensors.items()
-        }
-
-    def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Load what :meth:`state` returned; a KeyError if a tensor is missing."""
-        for name, tensor in self._tensors.items():
-            tensor.copy_(state[name])

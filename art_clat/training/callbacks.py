@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -129,18 +129,18 @@ class Callbacks:
         self._callbacks: list[Callback] = list(callbacks)
         self._ranks, self._device = ranks, device
 
-    def tell(self, moment: str, make_event: Callable[[], RunEvent]) -> bool:
+    def hear(self, moment: str) -> bool:
+        """Return whether some callback has the method `moment`; it is the same in every process."""
+        return bool(self._hearing(moment))
+
+    def tell(self, moment: str, event: RunEvent) -> bool:
         """
         Call the method `moment` of all callbacks, and return whether one of them, in some process, ends the run.
 
         :raises TypeError: If one returns neither ``"stop"`` nor `None`.
         """
-        silent, stops = getattr(Callback, moment), False
-        hearing = [c for c in self._callbacks if getattr(getattr(c, moment), "__func__", None) is not silent]
-        if not hearing:  # the same in every process
-            return False
-        event = make_event()
-        for callback in hearing:
+        stops = False
+        for callback in self._hearing(moment):
             answer = getattr(callback, moment)(event)
             if not (answer is None or (isinstance(answer, str) and answer == "stop")):
                 raise TypeError(
@@ -151,6 +151,10 @@ class Callbacks:
         if self._ranks.size == 1:
             return stops
         return bool(self._ranks.sum(torch.tensor(float(stops), device=self._device)) > 0)
+
+    def _hearing(self, moment: str) -> list[Callback]:
+        silent = getattr(Callback, moment)
+        return [c for c in self._callbacks if getattr(getattr(c, moment), "__func__", None) is not silent]
 
 
 class CSVLog(Callback):

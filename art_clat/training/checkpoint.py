@@ -6,28 +6,34 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol, cast
 
 import torch
-from filelock import FileLock, Timeout
 from torch import nn
 
+from art_clat.layers.layer import Layer
 from art_clat.training.averaging import Average
-from art_clat.training.history import EpochRecord, History
+from art_clat.training.history import History
 from art_clat.training.schedule import Schedule
 from art_clat.training.state import pack, unpack
 from art_clat.utils.descriptions import check_description
 from art_clat.utils.files import prepare, read, write
 from art_clat.utils.weights import load_weights, named_tensors, weights
 
-logger = logging.getLogger(__name__)
-
 #: Version of what ``last.safetensors`` holds besides the weights; a run of another one cannot be resumed.
 LAYOUT = 2
+
+
+class Holder(Protocol):
+    """What holds tensors that a checkpoint saves; their names are the network's, or there are none."""
+
+    def state(self) -> dict[str, torch.Tensor]: ...
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None: ...
 
 
 @dataclass
@@ -41,6 +47,8 @@ class Progress:
     :param sums: Sums over the samples of the epoch so far, by name.
     :param seconds: Seconds of training in the epoch so far.
     :param chosen: Names of the layers that are trained; `None` for the whole network.
+    :param attack_steps: Steps of the inner attack of an objective that is watched for catastrophic overfitting.
+    :param best_checked: The highest accuracy under PGD that was measured while watching, in [0, 1].
     :param history: The record so far.
     :param stopped: Whether a callback ended the run.
     :param planned: Number of epochs that it was asked for when it was saved; `None` if it was not.
@@ -52,24 +60,28 @@ class Progress:
     sums: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     chosen: list[str] | None = None
+    attack_steps: int = 1
+    best_checked: float = 0.0
     history: History = field(default_factory=History)
     stopped: bool = False
     planned: int | None = None
+
+    def chosen_of(self, layers: Sequence[Layer]) -> list[Layer] | None:
+        """Return the layers that are trained; `None` for the whole network."""
+        return None if self.chosen is None else [layer for layer in layers if layer.name in self.chosen]
 
     def begin_epoch(self, epoch: int) -> None:
         """Go to the first batch of an epoch."""
         self.epoch, self.batch, self.sums, self.seconds = epoch, 0, {}, 0.0
 
-    def go_on(self, nb_epochs: int, rank: int) -> None:
-        """Go on with a saved run until it has `nb_epochs`; the first process logs where it is."""
+    def go_on(self, nb_epochs: int) -> tuple[str, int]:
+        """Go on with a saved run until it has `nb_epochs`; return what the log says of it, and at which level."""
         self.history.configuration.get("fit", {})["nb_epochs"] = nb_epochs
-        self.stopped, level = self.stopped and nb_epochs == self.planned, logging.INFO
-        state = "is finished" if self.epoch >= nb_epochs else f"resumes at epoch {self.epoch}"
+        self.stopped = self.stopped and nb_epochs == self.planned
         if self.stopped:
-            level, way = logging.WARNING, f"another `nb_epochs` than {nb_epochs} goes on"
-            state = f"was stopped by a callback in epoch {self.epoch} ({way})"
-        level = level if rank == 0 else logging.DEBUG
-        logger.log(level, "The run in the checkpoint %s; the classifier gets its weights.", state)
+            way = f"another `nb_epochs` than {nb_epochs} goes on"
+            return f"was stopped by a callback in epoch {self.epoch} ({way})", logging.WARNING
+        return "is finished" if self.epoch >= nb_epochs else f"resumes at epoch {self.epoch}", logging.INFO
 
 
 @dataclass(frozen=True)
@@ -113,6 +125,8 @@ class Checkpoint:
         average: Average | None = None,
     ) -> None:
         self._average = average
+        #: Holds the last good weights while it watches for catastrophic overfitting; `None` if nothing does.
+        self.guard: Holder | None = None
         self.last, self.best = Path(folder) / "last.safetensors", Path(folder) / "best.safetensors"
         self._model = model
         self._optimizer = optimizer
@@ -130,8 +144,8 @@ class Checkpoint:
     @property
     def identity(self) -> str:
         """What names the run in other files of the folder."""
-        facts = {**self._description, "nb_epochs": None}  # a run may go on to another number of epochs
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+        same = {name: fact for name, fact in self._description.items() if name != "nb_epochs"}  # which may grow
+        return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:32]
 
     def resume(self) -> Progress | None:
         """
@@ -155,11 +169,16 @@ class Checkpoint:
             record = History.from_json(json.dumps(content["progress"]["history"]))
             planned = content["description"]["nb_epochs"]
             progress = Progress(**{**content["progress"], "history": record, "planned": planned})
-            averages = {n.removeprefix("average:"): t for n, t in tensors.items() if n.startswith("average:")}
-            names = {name for name in tensors if not name.startswith(("optimizer:", "average:"))}
+            averages, good = (
+                {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+                for prefix in ("average:", "good:")
+            )
+            names = {name for name in tensors if not name.startswith(("optimizer:", "average:", "good:"))}
             expected = named_tensors(self._model).keys()
             if names != expected or (self._average is not None and averages.keys() != expected):
                 raise KeyError("weights")
+            if self.guard is not None and good:
+                self.guard.load(good)
         except (KeyError, TypeError, AttributeError) as error:  # the checksum is right, but the content is not a run's
             raise ValueError(f"`checkpoint`: {self.last} does not hold a run: {error!r}.") from error
         self._check_nb_epochs(progress, planned)
@@ -181,6 +200,8 @@ class Checkpoint:
         tensors = weights(self._model)
         if self._average is not None:
             tensors |= {f"average:{name}": tensor for name, tensor in self._average.state().items()}
+        if self.guard is not None:
+            tensors |= {f"good:{name}": tensor for name, tensor in self.guard.state().items()}
         content = {
             "layout": LAYOUT,
             "description": self._description,
@@ -251,121 +272,28 @@ class Checkpoint:
         write(path, tensors, content)
 
 
-class Keeper:
+class Memory(Checkpoint):
     """
-    Saves a run while it trains, and keeps the weights of its best epoch.
+    What the files of a checkpoint would hold, kept in memory for the next call of ``fit``.
 
-    :param model: The network.
-    :param checkpoint: Where to save; `None` to save nothing.
-    :param average: The average of the weights, or `None`.
-    :param every: Number of batches within an epoch after which to save.
-    :param keeps_best: Whether to keep the best epoch's weights.
-    :param writes: Whether this process writes files; only the first of several does.
+    :param kept: The files' tensors and content by name, and a temporary folder for what others save; changed.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        checkpoint: Checkpoint | None = None,
-        *,
-        average: Average | None = None,
-        every: int = 0,
-        keeps_best: bool = False,
-        writes: bool = True,
-    ) -> None:
-        self._model = model
-        #: The average of the weights, or `None`.
-        self.average = average
-        self._checkpoint = checkpoint
-        self._every = every
-        self._keeps_best = keeps_best
-        #: Whether this process writes files.
-        self.writes = writes
-        self._best: Best | None = None
+    def __init__(self, kept: dict[str, Any], *args: Any) -> None:
+        if "folder" not in kept:
+            kept["folder"] = TemporaryDirectory(prefix="art_clat-")
+        super().__init__(kept["folder"].name, *args)
+        self.kept = kept
 
-    def resume(self) -> Progress | None:
-        """
-        Load the run in the checkpoint, if there is one.
+    def _check(self, there: Mapping[str, object], folder: str = "", argument: str = "checkpoint") -> None:
+        super()._check(there, "the latest call of this trainer", "resume")
 
-        :return: Where the run is; `None` if it is a new one.
-        :raises ValueError: As :meth:`Checkpoint.resume`.
-        """
-        if self._checkpoint is None:
-            return None
-        best = self._checkpoint.load_best()
-        progress = self._checkpoint.resume()
-        if progress is not None:
-            self._best = best
-        return progress
+    def _exists(self, path: Path) -> bool:
+        return path.name in self.kept
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """
-        Keep other runs out of the checkpoint's folder in this context. A killed process holds it no longer.
+    def _read(self, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        tensors, content = self.kept[path.name]
+        return {name: tensor.clone() for name, tensor in tensors.items()}, dict(content)
 
-        :raises ValueError: If another run writes to it.
-        :raises OSError: As :meth:`Checkpoint.prepare`.
-        """
-        if self._checkpoint is None or not self.writes:
-            yield
-            return
-        self._checkpoint.prepare()
-        folder = self._checkpoint.last.parent
-        lock = FileLock(folder / "run.lock")
-        try:
-            lock.acquire(blocking=False)
-        except Timeout as error:
-            raise ValueError(
-                f"`checkpoint`: another run is writing to {folder}. Wait for its end, or use another folder."
-            ) from error
-        try:
-            yield
-        finally:
-            lock.release()
-
-    @property
-    def folder(self) -> Path | None:
-        """The checkpoint's folder; `None` if nothing is saved."""
-        return None if self._checkpoint is None else self._checkpoint.last.parent
-
-    @property
-    def identity(self) -> str:
-        """What names the run in other files of the checkpoint's folder; empty if nothing is saved."""
-        return "" if self._checkpoint is None else self._checkpoint.identity
-
-    def is_due(self, batch: int) -> bool:
-        """
-        Return whether to save within an epoch.
-
-        :param batch: Number of batches trained in the epoch.
-        """
-        return self._checkpoint is not None and batch % self._every == 0
-
-    def save(self, progress: Progress) -> None:
-        """
-        Save the run, if this process writes.
-
-        :param progress: Where the run is.
-        """
-        if self._checkpoint is not None and self.writes:
-            self._checkpoint.save(progress)
-
-    def consider(self, record: EpochRecord) -> None:
-        """
-        Keep the current weights if the epoch is the best so far.
-
-        :param record: The epoch's record, with its validation accuracies.
-        """
-        robust = record.robust_accuracy
-        if not self._keeps_best or robust is None or (self._best is not None and robust <= self._best.robust_accuracy):
-            return
-        self._best = Best(record.epoch, robust, weights(self._model))
-        if self._checkpoint is not None and self.writes:
-            self._checkpoint.save_best(self._best)
-
-    def finish(self, *, restore_best: bool) -> None:
-        """Load the average, if there is one, or the best epoch's weights into the network."""
-        if self.average is not None:
-            self.average.apply()
-        if restore_best and self._best is not None:
-            load_weights(self._model, self._best.weights)
+    def _write(self, path: Path, tensors: Mapping[str, torch.Tensor], content: Mapping[str, object]) -> None:
+        self.kept[path.name] = tensors, content

@@ -33,19 +33,28 @@ def check_loss(estimator: PyTorchClassifier) -> None:
         )
 
 
-def check_training_output(classifier: TensorClassifier, x: torch.Tensor) -> None:
-    """Refuse a network that returns something else in training mode, such as auxiliary outputs."""
+def check_training_output(classifier: TensorClassifier, x: torch.Tensor, options: TrainerOptions) -> None:
+    """Refuse a network that returns something else in training mode, such as auxiliary outputs, if it is trained."""
+    if not options.warmup:
+        return
     with restored_modes(classifier.model), unchanged_buffers(classifier.model):
         train_all(classifier.model)
         classifier.check_output(x, mode="training")
 
 
-def warn_before_a_run(options: TrainerOptions, attacks: Sequence[TensorAttack], fit: FitOptions) -> None:
-    """Warn about what is allowed, but is probably not what the user wants."""
-    if options.warmup >= fit.nb_epochs and not fit.resume:  # other calls bring the other epochs
+def warn_before_a_run(
+    options: TrainerOptions, attacks: Sequence[TensorAttack], fit: FitOptions, ranks: Ranks, said: set[str]
+) -> None:
+    """Let the first process warn about what is allowed, but is probably not what the user wants."""
+    if ranks.rank > 0:
+        return
+    never = f"CLAT never begins: {options.warmup}, {fit.nb_epochs}"
+    if options.warmup >= fit.nb_epochs and not fit.resume and never not in said:
+        said.add(never)
         logger.warning(
             "`warmup` (%d) is not below `nb_epochs` (%d): the whole run is plain adversarial training, and CLAT never "
-            "begins. Use more epochs or a smaller `warmup`, or `resume=True` to train an epoch at a time.",
+            "begins. Use more epochs or a smaller `warmup`; to train an epoch at a time, pass `resume=True` and "
+            "growing `nb_epochs`.",
             options.warmup,
             fit.nb_epochs,
         )

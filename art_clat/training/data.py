@@ -21,6 +21,9 @@ DEVICE_SHARE = 0.3
 class Batches(abc.ABC):
     """The batches that an epoch trains on."""
 
+    #: Samples in a batch, over all processes.
+    batch_size: int
+
     @property
     @abc.abstractmethod
     def nb_batches(self) -> int:
@@ -112,6 +115,7 @@ class GeneratorBatches(Batches):
         if generator.size is None:
             raise ValueError("`generator` has no size: make it with `size=`, the number of samples in an epoch.")
         self.generator = generator
+        self.batch_size = int(generator.batch_size)
         self.classifier = classifier
         self._ahead: list[Batch] = []
 

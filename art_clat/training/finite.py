@@ -56,14 +56,18 @@ class FiniteGuard:
 
 
 @contextmanager
-def explained(optimizer: torch.optim.Optimizer, where: str, criticality_weight: float) -> Iterator[None]:
+def explained(
+    optimizer: torch.optim.Optimizer, where: str, criticality_weight: float, weight_perturbation: float
+) -> Iterator[None]:
     """Say in the error of a :class:`FiniteGuard` where in the run it came, and what to do."""
     learning_rate = float(optimizer.param_groups[0]["lr"])
     try:
         yield
     except FloatingPointError as error:
         optimizer.state.clear()  # it may not be finite either
+        also = f", `weight_perturbation` ({weight_perturbation:g})" if weight_perturbation else ""
         raise FloatingPointError(
             f"{error} in {where}. The last finite weights are restored. Probably the learning rate (now "
-            f"{learning_rate:g}) or `criticality_weight` ({criticality_weight:g}) is too large: use a smaller one."
+            f"{learning_rate:g}){also} or `criticality_weight` ({criticality_weight:g}) is too large: use a smaller "
+            "one."
         ) from None

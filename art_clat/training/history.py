@@ -41,6 +41,8 @@ class EpochRecord:
     :param clean_accuracy: Accuracy on the validation data, in [0, 1]; `None` without them, or if it was not
            the epoch's turn.
     :param robust_accuracy: The same under the trainer's first attack.
+    :param attack_steps: Number of steps of ``"fgsm_rs"`` at the end of the epoch: 1, and twice as many each time it was
+           caught in catastrophic overfitting. `None` for other objectives.
     """
 
     epoch: int
@@ -54,6 +56,7 @@ class EpochRecord:
     train_robust_accuracy: float | None
     clean_accuracy: float | None = None
     robust_accuracy: float | None = None
+    attack_steps: int | None = None
 
     def summary(self) -> dict[str, str]:
         """Return what a progress bar shows: the loss and its terms, and accuracies, of validation if there are any."""
@@ -284,7 +287,7 @@ class History:
         return ax
 
 
-_MEASURES = ("weakness", "criticality", "relative_error", "relative_criticality")
+_MEASURES = ("weakness", "criticality", "relative_error", "relative_criticality", "rms_criticality")
 _LOSSES = ("loss", "cross_entropy", "criticality_loss", "learning_rate", "seconds")
 
 
@@ -322,7 +325,11 @@ def _finite(value: Any) -> Any:
 
 
 #: Rules whose scores are indices: at 1 a layer passes a perturbation on unchanged.
-_INDICES = {"criticality": "criticality index $C_i$", "relative_criticality": "relative criticality index"}
+_INDICES = {
+    "criticality": "criticality index $C_i$",
+    "criticality_rms": "criticality index, root mean square",
+    "relative_criticality": "relative criticality index",
+}
 
 
 @dataclass(frozen=True)

@@ -19,24 +19,25 @@ from art_clat.layers.freezing import only_trainable
 from art_clat.layers.layer import Layer
 from art_clat.models.tensor_classifier import TensorClassifier
 from art_clat.selection.candidates import Candidates
-from art_clat.selection.choice import choose
+from art_clat.selection.choice import check_selection, choose, eligible_layers
 from art_clat.selection.rules import as_rule
 from art_clat.training.augmentation import augment, check_augmented
 from art_clat.training.callbacks import Callbacks, RunEvent
-from art_clat.training.checkpoint import Keeper, Progress
-from art_clat.training.checks import check_training_output, warn_before_a_run
+from art_clat.training.checkpoint import Progress
+from art_clat.training.checks import check_optimizer_trains, check_training_output, warn_before_a_run
 from art_clat.training.data import Batches
 from art_clat.training.description import configuration
 from art_clat.training.finite import FiniteGuard, explained
 from art_clat.training.history import History, SelectionRecord
+from art_clat.training.keeper import Keeper
 from art_clat.training.objectives import BatchLoss, find_objective
-from art_clat.training.reuse import make_reuse
+from art_clat.training.overfitting import OverfittingGuard
 from art_clat.training.schedule import Schedule
-from art_clat.training.setup import draw_seed, find_eligible, nb_measured, restored_model
-from art_clat.training.stage import EpochSums, Stage, clip_gradient, make_record
-from art_clat.training.strength import StrengthMeter
+from art_clat.training.setup import draw_seed, nb_measured, restored_model
+from art_clat.training.stage import EpochSums, Stage, make_record
+from art_clat.training.strength import begin_reuse
 from art_clat.training.validation import measure_accuracies
-from art_clat.training.watch import FirstBatches, warn_about_still_layers
+from art_clat.training.watch import Watch
 from art_clat.utils.batch import Batch
 from art_clat.utils.processes import Ranks
 from art_clat.utils.progress import epoch_bar
@@ -61,6 +62,7 @@ class TrainingLoop:
     :param schedule: What steps the learning rate.
     :param keeper: Saves the run, keeps the best epoch, and holds the average of the weights.
     :param ranks: The processes that train together.
+    :param said: What the trainer has warned of in earlier runs, and need not say again.
     """
 
     estimator: PyTorchClassifier
@@ -72,6 +74,7 @@ class TrainingLoop:
     schedule: Schedule
     keeper: Keeper
     ranks: Ranks
+    said: set[str] = field(default_factory=set)
 
     progress: Progress = field(init=False)
     stage: Stage = field(init=False)
@@ -85,7 +88,9 @@ class TrainingLoop:
         self.measuring_attack = TensorAttack(self.attacks[0], self.measured_classifier)
         self._trainable = {p for p in self.estimator._model.parameters() if p.requires_grad}
         self.callbacks = Callbacks(self.fit.callbacks, self.ranks, self.device)
+        self.watch = Watch(self.measured_classifier, self.ranks)
         self._freezing = ExitStack()
+        self.overfitting = OverfittingGuard(self.measuring_attack, self.batches, self.options, self.fit, self.keeper)
 
     @property
     def history(self) -> History:
@@ -109,20 +114,23 @@ class TrainingLoop:
         made_with = configuration(self.estimator, self.options, self.attacks, self.schedule.scheduler, said)
         self.progress = resumed or Progress(seed=drawn, history=History(configuration=made_with))
         self.is_resumed = resumed is not None
-        if resumed is not None:
-            resumed.go_on(self.fit.nb_epochs, self.ranks.rank)
-        else:
+        if resumed is None:
             self.schedule.check_new(is_whole=not self.fit.resume, rank=self.ranks.rank)
-            if self.ranks.rank == 0:
-                warn_before_a_run(self.options, self.training_attacks, self.fit)
+        else:
+            state, level = self.progress.go_on(self.fit.nb_epochs)
+            level = level if self.ranks.rank == 0 else logging.DEBUG
+            logger.log(level, "The run in the checkpoint %s; the classifier gets its weights.", state)
         self.ranks.check_same({"the checkpoint": (*self.counters, self.progress.batch)}, self.device)
+        warn_before_a_run(self.options, self.training_attacks, self.fit, self.ranks, self.said)
         with seeded_randomness(self.progress.seed, self.device):
-            if self.options.warmup:
-                check_training_output(self.classifier, self.batches.example())
             self.sample = self.batches.sample(nb_measured(self.options, self.attacks, self.batches), self.ranks)
             self.layers = self.classifier.find_layers(self.batches.example(), self.options.layers)
-        self.begin_reuse()
-        self.eligible = find_eligible(self.layers, self.options, self.model, self.optimizer)
+            check_training_output(self.classifier, self.batches.example(), self.options)
+        shared = (self.batches, self.keeper, self.ranks)
+        self.meter = begin_reuse(self.options, self.training_attacks, *shared, self.progress, self.fit, self.sample)
+        self.eligible = eligible_layers(self.layers, head_eligible=self.options.layers.head_eligible)
+        check_selection(self.options.selection.rule, self.options.budget, self.eligible, self.model)
+        check_optimizer_trains(self.optimizer, self.model, None if self.options.warmup else self.eligible)
 
     def run(self) -> None:
         """
@@ -130,14 +138,15 @@ class TrainingLoop:
 
         :raises FloatingPointError: If the loss or its gradient is not finite.
         """
-        with restored_model(self.estimator, self.options.performance, self.progress.seed) as self._freezing:
+        estimator, performance = self.estimator, self.options.performance
+        with restored_model(estimator, performance, self.progress.seed, self.device) as self._freezing:
             self.save()  # refuses a scheduler that cannot be saved before any work
-            names = self.progress.chosen
-            self.begin_stage(None if names is None else [layer for layer in self.layers if layer.name in names])
+            self.begin_stage(self.progress.chosen_of(self.layers))
             if self.keeper.average is not None and not self.is_resumed:
                 self.keeper.average.begin()  # after all processes got the first one's weights
             self.tell("on_run_begin")
-            with epoch_bar(self.progress.epoch, self.fit.nb_epochs, self.fit.verbose and self.ranks.rank == 0) as bar:
+            quiet = self.ranks.rank > 0 or not self.fit.verbose
+            with epoch_bar(self.progress.epoch, self.fit.nb_epochs, quiet=quiet) as bar:
                 while self.goes_on():
                     self.tell("on_epoch_begin")
                     if self.selection_is_due() and self.goes_on():
@@ -152,7 +161,10 @@ class TrainingLoop:
                         bar.update()
             if self.progress.stopped:
                 self.save()
-            self.keeper.finish(restore_best=self.fit.restore_best)
+            if self.keeper.average is not None:
+                self.keeper.average.apply()
+            if self.fit.restore_best:
+                self.keeper.restore_best()
             self.tell("on_run_end")
 
     def goes_on(self) -> bool:
@@ -161,14 +173,15 @@ class TrainingLoop:
 
     def tell(self, moment: str, batch: int | None = None, loss: BatchLoss | None = None) -> None:
         """Call a method of the callbacks; the run is stopped if one of them says so."""
-        batch = self.progress.batch if batch is None else batch
-        self.progress.stopped |= self.callbacks.tell(moment, lambda: RunEvent.of(self, batch, loss))
+        if self.callbacks.hear(moment):
+            event = RunEvent.of(self, self.progress.batch if batch is None else batch, loss)
+            self.progress.stopped |= self.callbacks.tell(moment, event)
 
     def selection_is_due(self) -> bool:
         """Return whether layers are chosen before the next batch."""
-        rounds, rest = divmod(self.progress.epoch - self.options.warmup, self.options.reselect_every)
-        is_made = any(record.epoch == self.progress.epoch for record in self.history.selections)  # and then stopped
-        return rounds >= 0 and rest == 0 and self.progress.batch == 0 and not is_made
+        epoch, made = self.progress.epoch, self.history.selections
+        is_made = bool(made) and made[-1].epoch == epoch  # a run may be stopped after it, and go on
+        return self.options.chooses_before(epoch) and self.progress.batch == 0 and not is_made
 
     def begin_stage(self, chosen: list[Layer] | None) -> None:
         """Begin to train the chosen layers alone, or the whole network (`None`)."""
@@ -177,19 +190,20 @@ class TrainingLoop:
             objective = cls(self.classifier, None, cls.default_weight)
         else:
             self.freeze(chosen)
-            warn_about_still_layers(self.measured_classifier, chosen, self.sample[0], ranks=self.ranks)
             cls, weight = find_objective(self.options.objective), self.options.criticality_weight
             objective = cls(self.classifier, chosen, weight)
-        self.stage = Stage.begin(chosen, objective, self.ranks)
-        self.first_batches = FirstBatches(objective)
+            self.watch.begin(chosen, objective, self.sample[0])
+        self.stage = Stage.begin(chosen, objective, self.ranks, self.options.weight_perturbation)
+        self.overfitting.begin(objective, self.progress)
 
     def freeze(self, chosen: list[Layer]) -> None:
         """Freeze everything outside the chosen layers, and drop the optimiser's state of what is frozen."""
         self._freezing.close()  # a layer that is chosen again must not move by old momentum
         self._freezing.enter_context(only_trainable(self.model, chosen))
         self.estimator._model.zero_grad()  # an optimiser skips parameters without a gradient
-        for parameter in (p for p in self._trainable if not p.requires_grad):
-            self.optimizer.state.pop(parameter, None)
+        for parameter in self._trainable:
+            if not parameter.requires_grad:
+                self.optimizer.state.pop(parameter, None)
 
     def select(self) -> list[Layer]:
         """Measure every layer (eq. 2, 3), choose by the rule within the budget, and record both."""
@@ -235,7 +249,7 @@ class TrainingLoop:
             x_adv = self.perturb(batch, number)
             learning_rate = float(self.optimizer.param_groups[0]["lr"])
             place = f"epoch {progress.epoch}, batch {number}", self.options.criticality_weight
-            with explained(self.optimizer, *place):
+            with explained(self.optimizer, *place, self.stage.weight_perturbation):
                 loss = self.step(batch, x_adv, number)
             if self.keeper.average is not None:
                 self.keeper.average.update(self._batches_before(number))
@@ -244,7 +258,7 @@ class TrainingLoop:
             self.tell("on_batch_end", number, loss)
             is_last = number + 1 == self.batches.nb_batches
             if is_last or progress.stopped or self.keeper.is_due(number + 1):
-                with explained(self.optimizer, *place):
+                with explained(self.optimizer, *place, self.stage.weight_perturbation):
                     self.guard.after_step(look=True)
                 progress.batch, progress.seconds = number + 1, time.perf_counter() - start
                 progress.sums = sums.take(progress.sums, self.ranks)
@@ -270,29 +284,18 @@ class TrainingLoop:
         """Perturb the share `ratio` of batch `number`; seed and epoch set its random numbers too."""
         objective, attack = self.stage.objective, self.attack_for(number)
         inner = partial(objective.perturb, attack)
-        if self.reuse is not None and self.stage.chosen is not None:
+        if self.meter is not None and self.stage.chosen is not None:
+            self.meter.measure_if_due(objective, self.training_attacks[0], self.load, self.progress, number)
             seed, epoch = self.counters
-            if self.meter.is_due(epoch, number, self.history.strengths):
-                images, first = self.load(self.meter.images, number), self.training_attacks[0]
-                record = self.meter.measure(objective, first, images, seed=seed, epoch=epoch)
-                self.history.strengths += [] if record is None else [record]
             stamp = self._batches_before(number) + 1
-            inner = partial(self.reuse.perturb, objective, attack, seed=seed, epoch=epoch, stamp=stamp)
+            inner = partial(self.meter.reuse.perturb, objective, attack, seed=seed, epoch=epoch, stamp=stamp)
         reseed(self.device, *self.counters, number)
         return self.stage.perturb(inner, batch, self.options.ratio)
 
-    def begin_reuse(self) -> None:
-        """Find out whether attacks go on from the last epoch's, and load what a resumed run has found."""
-        self.reuse = None
-        if self.fit.nb_epochs > max(self.options.warmup, self.progress.epoch):
-            self.reuse = make_reuse(self.options, self.training_attacks, self.batches, self.keeper, self.ranks)
-        if self.reuse is not None:
-            self.meter = StrengthMeter.begin(self.reuse, self.sample, self._batches_before(self.progress.batch))
-
     def save(self) -> None:
         """Save the run; all processes must call this."""
-        if self.reuse is not None:
-            self.reuse.save(self._batches_before(self.progress.batch))
+        if self.meter is not None:
+            self.meter.save(self._batches_before(self.progress.batch))
         self.keeper.save(self.progress)
 
     def step(self, batch: Batch, x_adv: torch.Tensor, number: int) -> BatchLoss:
@@ -300,14 +303,15 @@ class TrainingLoop:
         if self.ranks.size > 1:  # each process drops other units
             reseed(self.device, *self.counters, number, 0, self.ranks.rank)
         self.optimizer.zero_grad()
-        loss = self.stage.loss(batch, x_adv)
+        loss = self.stage.differentiate(batch, x_adv)
         self.guard.before_step(loss.loss)
-        # Gradients are averaged over processes, but their parts of a batch may differ by one sample.
-        (loss.loss * (self.ranks.size * len(batch) / batch.part.total)).backward()
-        self.first_batches.add(loss, warns=self.ranks.rank == 0)
-        clip_gradient(self.optimizer, self.fit.max_grad_norm)
+        self.watch.add(loss)
+        if self.fit.max_grad_norm is not None:
+            stepped = [p for group in self.optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(stepped, self.fit.max_grad_norm)
         self.optimizer.step()
         self.guard.after_step()
+        self.overfitting.check(self.progress, number, self.guard)
         return loss
 
     def end_epoch(self) -> None:
@@ -322,8 +326,6 @@ class TrainingLoop:
             self.record_validation()
         self.progress.begin_epoch(nb_epochs)
         self.save()
-        if self.reuse is not None:
-            self.meter.begin_epoch()
         logger.debug("%s", self.history.epochs[-1])
 
     def record_validation(self) -> None:

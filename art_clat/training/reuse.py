@@ -17,8 +17,8 @@ from art_clat.attacks.ascent import Ascent
 from art_clat.attacks.tensor_attack import TensorAttack
 from art_clat.config import ReuseOptions, TrainerOptions
 from art_clat.training.augmentation import CropAndFlip, Moves
-from art_clat.training.checkpoint import Keeper
 from art_clat.training.data import DEVICE_SHARE, ArrayBatches, Batches
+from art_clat.training.keeper import Keeper
 from art_clat.training.objectives import Objective, find_objective
 from art_clat.training.perturbations import PerturbationFiles, Perturbations, place_for
 from art_clat.utils.batch import Batch
@@ -227,8 +227,8 @@ def _why_not(
     first, *others = (ascent for ascent in found if ascent is not None)
     if any(type(other.ball) is not type(first.ball) or not _equal(other.ball.eps, first.ball.eps) for other in others):
         return "the attacks have different balls"
-    is_single = find_objective(options.objective).single_step
-    full = 1 if is_single else min(ascent.nb_steps for ascent in (first, *others))
+    cls = find_objective(options.objective)
+    full = 1 if cls.single_step or cls.nb_steps == 1 else min(ascent.nb_steps for ascent in (first, *others))
     if not reuse.required and full <= reuse.steps:
         return f"the full attack has {full} steps, no more than a reused one"
     return None

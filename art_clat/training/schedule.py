@@ -42,6 +42,7 @@ class Schedule:
         cls,
         scheduler: object,
         optimizer: torch.optim.Optimizer,
+        *,
         fit: FitOptions,
         nb_batches: int,
         has_validation: bool,

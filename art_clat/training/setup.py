@@ -10,19 +10,15 @@ import numpy as np
 import torch
 from art.attacks import EvasionAttack
 from art.estimators.classification import PyTorchClassifier
-from torch import nn
 
 from art_clat.config import FitOptions, PerformanceOptions, TrainerOptions
-from art_clat.layers.layer import Layer
 from art_clat.models.tensor_classifier import channels_last
-from art_clat.selection.budget import check_budget
-from art_clat.selection.choice import check_names, eligible_layers
 from art_clat.training.averaging import Average
-from art_clat.training.checkpoint import Checkpoint, Keeper
-from art_clat.training.checks import check_loss_learns_nothing, check_optimizer_trains, check_shareable
+from art_clat.training.checkpoint import Checkpoint, Memory
+from art_clat.training.checks import check_loss_learns_nothing, check_shareable
 from art_clat.training.data import Batches
 from art_clat.training.description import describe
-from art_clat.training.memory import Memory
+from art_clat.training.keeper import Keeper
 from art_clat.training.schedule import Schedule
 from art_clat.training.state import fingerprint_of_state
 from art_clat.utils.descriptions import fingerprint, flattened
@@ -107,32 +103,6 @@ def make_keeper(
     )
 
 
-def draw_seed(seed: int | None, ranks: Ranks, device: torch.device) -> int:
-    """Return the user's seed, or one that the first process draws from NumPy's global generator."""
-    if seed is not None:
-        return int(seed)
-    drawn = torch.tensor(int(np.random.randint(2**32, dtype=np.uint64)), device=device)
-    return int(ranks.first(drawn))
-
-
-@contextmanager
-def restored_model(estimator: PyTorchClassifier, performance: PerformanceOptions, seed: int) -> Iterator[ExitStack]:
-    """
-    Restore flags, modes, memory formats and random generators on leaving, and drop the gradients.
-
-    What is entered into the stack that comes is left before.
-    """
-    wrapped = estimator._model
-    with ExitStack() as stack:
-        stack.enter_context(restored_modes(wrapped))
-        stack.enter_context(seeded_randomness(seed, torch.device(estimator.device)))
-        stack.callback(wrapped.zero_grad)
-        freezing = stack.enter_context(ExitStack())
-        if performance.channels_last:
-            stack.enter_context(channels_last(estimator.model, estimator.optimizer))
-        yield freezing
-
-
 def nb_measured(options: TrainerOptions, attacks: Sequence[EvasionAttack], batches: Batches) -> int:
     """
     Return on how many training samples a selection measures.
@@ -147,14 +117,29 @@ def nb_measured(options: TrainerOptions, attacks: Sequence[EvasionAttack], batch
     return max(1, min(MOST_MEASURED, batches.nb_samples * (2 * in_an_epoch + 3) // (3 * (2 * steps + 2))))
 
 
-def find_eligible(
-    layers: Sequence[Layer], options: TrainerOptions, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> list[Layer]:
-    """Return the layers that may be chosen; refuse a rule, budget or optimiser that does not fit them."""
-    eligible = eligible_layers(layers, head_eligible=options.layers.head_eligible)
-    rule = options.selection.rule
-    check_names(rule, eligible)
-    if rule != "all" and not isinstance(rule, (list, tuple)):  # these ignore the budget
-        check_budget(options.budget, eligible, sum(p.numel() for p in model.parameters()))
-    check_optimizer_trains(optimizer, model, None if options.warmup else eligible)
-    return eligible
+def draw_seed(seed: int | None, ranks: Ranks, device: torch.device) -> int:
+    """Return the user's seed, or one that the first process draws from NumPy's global generator."""
+    if seed is not None:
+        return int(seed)
+    drawn = torch.tensor(int(np.random.randint(2**32, dtype=np.uint64)), device=device)
+    return int(ranks.first(drawn))
+
+
+@contextmanager
+def restored_model(
+    estimator: PyTorchClassifier, performance: PerformanceOptions, seed: int, device: torch.device
+) -> Iterator[ExitStack]:
+    """
+    Restore flags, modes, memory formats and random generators on leaving, and drop the gradients.
+
+    What is entered into the stack that comes is left before.
+    """
+    wrapped = estimator._model
+    with ExitStack() as stack:
+        stack.enter_context(restored_modes(wrapped))
+        stack.enter_context(seeded_randomness(seed, device))
+        stack.callback(wrapped.zero_grad)
+        freezing = stack.enter_context(ExitStack())
+        if performance.channels_last:
+            stack.enter_context(channels_last(estimator.model, estimator.optimizer))
+        yield freezing

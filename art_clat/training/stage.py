@@ -14,7 +14,9 @@ from art_clat.layers.layer import Layer
 from art_clat.training.checkpoint import Progress
 from art_clat.training.history import EpochRecord
 from art_clat.training.objectives import BatchLoss, Objective
+from art_clat.training.weight_perturbation import perturbed_weights
 from art_clat.utils.batch import Batch
+from art_clat.utils.modes import kept_statistics
 from art_clat.utils.processes import Part, Ranks
 
 
@@ -38,11 +40,13 @@ class Stage:
     :param chosen: The layers; `None` for the whole network.
     :param objective: What is climbed and minimised.
     :param module: Computes the loss, and averages the gradients over processes.
+    :param weight_perturbation: γ of AWP, by which the weights move before each step; 0 for none.
     """
 
     chosen: list[Layer] | None
     objective: Objective
     module: nn.Module
+    weight_perturbation: float = 0.0
 
     @property
     def title(self) -> str:
@@ -50,9 +54,11 @@ class Stage:
         return "adversarial training" if self.chosen is None else "CLAT"
 
     @classmethod
-    def begin(cls, chosen: list[Layer] | None, objective: Objective, ranks: Ranks) -> Stage:
-        """Begin a stage; all processes get the first one's weights."""
-        return cls(chosen, objective, ranks.wrap(_ObjectiveModule(objective.classifier.model, objective)))
+    def begin(cls, chosen: list[Layer] | None, objective: Objective, ranks: Ranks, gamma: float = 0.0) -> Stage:
+        """Begin a stage; all processes get the first one's weights. The first stage uses γ only if it is AWP."""
+        default = objective.weight_perturbation
+        used = gamma or default if chosen is not None or default else 0.0
+        return cls(chosen, objective, ranks.wrap(_ObjectiveModule(objective.classifier.model, objective)), used)
 
     def perturb(self, inner: Callable[[Batch], torch.Tensor], batch: Batch, ratio: float) -> torch.Tensor:
         """Perturb a share `ratio` of a batch, drawn at random over all processes; the other inputs stay clean."""
@@ -70,12 +76,37 @@ class Stage:
             x_adv[places] = inner(replace(batch.take(perturbed), part=among))
         return x_adv
 
-    def loss(self, batch: Batch, x_adv: torch.Tensor) -> BatchLoss:
-        """Compute the loss, with its graph; what is trained is in training mode, the rest in evaluation mode."""
+    def differentiate(self, batch: Batch, x_adv: torch.Tensor) -> BatchLoss:
+        """
+        Compute the loss, and add its gradient to the parameters', averaged over the processes.
+
+        With a weight perturbation both are those at the perturbed weights. BatchNorm statistics move once, there.
+        """
+        model = self.objective.classifier.model
+        if not self.weight_perturbation:
+            return self._backward(batch, x_adv)
+        self._set_modes()
+        with kept_statistics([model]):
+            self._backward(batch, x_adv)
+        with perturbed_weights(model, self.weight_perturbation):
+            return self._backward(batch, x_adv)
+
+    def _backward(self, batch: Batch, x_adv: torch.Tensor) -> BatchLoss:
+        loss, size = self.loss(batch, x_adv), self.objective.classifier.ranks.size
+        # Gradients are averaged over processes, but their parts of a batch may differ by one sample.
+        (loss.loss * (size * len(batch) / batch.part.total)).backward()
+        return loss
+
+    def _set_modes(self) -> None:
+        """Put what is trained in training mode, and the rest in evaluation mode."""
         if self.chosen is None:
             train_all(self.objective.classifier.model)
         else:
             train_only(self.objective.classifier.model, self.chosen)
+
+    def loss(self, batch: Batch, x_adv: torch.Tensor) -> BatchLoss:
+        """Compute the loss, with its graph; what is trained is in training mode, the rest in evaluation mode."""
+        self._set_modes()
         try:
             with self.objective.classifier.shared():
                 return BatchLoss(*self.module(batch, x_adv))
@@ -110,12 +141,6 @@ class EpochSums:
         return {name: before.get(name, 0.0) + more for name, more in zip(self.NAMES, taken, strict=True)}
 
 
-def clip_gradient(optimizer: torch.optim.Optimizer, max_norm: float | None) -> None:
-    """Scale the gradient of all that an optimiser steps down to a norm; `None` not to."""
-    if max_norm is not None:
-        torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_norm)
-
-
 def make_record(progress: Progress, stage: Stage, learning_rate: float) -> EpochRecord:
     """Make the record of the epoch in progress from its sums."""
     means = {name: value / progress.sums["samples"] for name, value in progress.sums.items()}
@@ -130,4 +155,5 @@ def make_record(progress: Progress, stage: Stage, learning_rate: float) -> Epoch
         seconds=progress.seconds,
         train_clean_accuracy=None if robust else means["accuracy"],
         train_robust_accuracy=means["accuracy"] if robust else None,
+        attack_steps=stage.objective.nb_steps,
     )

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from art_clat.attacks.tensor_attack import TensorAttack
+from art_clat.config import FitOptions, TrainerOptions
+from art_clat.training.checkpoint import Progress
+from art_clat.training.data import Batches
 from art_clat.training.history import StrengthRecord
+from art_clat.training.keeper import Keeper
 from art_clat.training.objectives import Objective
-from art_clat.training.reuse import Reuse
+from art_clat.training.reuse import Reuse, make_reuse
 from art_clat.utils.batch import Batch
+from art_clat.utils.processes import Ranks
 from art_clat.utils.randomness import reseed
 
 logger = logging.getLogger(__name__)
@@ -48,23 +53,6 @@ class StrengthMeter:
         self._warned = False
         self.begin_epoch()
 
-    @classmethod
-    def begin(cls, reuse: Reuse, sample: Sequence[Batch], batches_done: int) -> StrengthMeter:
-        """
-        Load what a resumed run has found, and make a meter that measures on some of the samples of the selections.
-
-        :param reuse: The attacks.
-        :param sample: The samples that selections measure on.
-        :param batches_done: Number of batches that the run has trained.
-        """
-        number = -(-min(MOST, max(1, len(reuse.kept.stamps) // ONE_OF)) // reuse.ranks.size)
-        index = torch.cat([batch.index for batch in sample if batch.index is not None])[:number]
-        x, y = (torch.cat(values)[:number] for values in zip(*((batch.x, batch.y) for batch in sample), strict=True))
-        reuse.load_epochs(batches_done)
-        meter = cls(reuse=reuse, images=replace(Batch.whole(x, y), index=index))
-        reuse.load_batches(batches_done)
-        return meter
-
     def begin_epoch(self) -> None:
         """Remember the perturbations that the epoch begins with."""
         index = self.images.index
@@ -72,10 +60,35 @@ class StrengthMeter:
         self._known = torch.nonzero(self.reuse.kept.known(self.images))[:, 0]
         self._shares = self.reuse.kept.get(index[self._known], self.images.x.device)
 
-    def is_due(self, epoch: int, number: int, history: Sequence[StrengthRecord]) -> bool:
-        """Return whether to measure before batch `number` of an epoch; the same in all processes."""
+    def save(self, batches_done: int) -> None:
+        """Exchange and save what attacks have found; all processes must call this."""
+        self.reuse.save(batches_done)
+        if batches_done % self.reuse.nb_batches == 0:
+            self.begin_epoch()
+
+    def measure_if_due(
+        self,
+        objective: Objective,
+        attack: TensorAttack,
+        load: Callable[[Batch, int], Batch],
+        progress: Progress,
+        number: int,
+    ) -> None:
+        """
+        Measure before batch `number`, if it is the middle of an epoch in which this is due, and record it.
+
+        :param objective: What is climbed.
+        :param attack: The attack.
+        :param load: Moves a batch to the device and augments it.
+        :param progress: Where the run is, and its record.
+        :param number: Number of the next batch; the same in all processes.
+        """
+        epoch, records = progress.epoch, progress.history.strengths
         is_middle = number == self.reuse.nb_batches // 2 and epoch > self.reuse.begins
-        return is_middle and (not history or epoch - history[-1].epoch >= EVERY)
+        if is_middle and (not records or epoch - records[-1].epoch >= EVERY):
+            images = load(self.images, number)
+            record = self.measure(objective, attack, images, seed=progress.seed, epoch=epoch)
+            records += [] if record is None else [record]
 
     def measure(
         self, objective: Objective, attack: TensorAttack, images: Batch, *, seed: int, epoch: int
@@ -122,3 +135,41 @@ class StrengthMeter:
             )
         self._warned |= is_weak
         return record
+
+
+def begin_reuse(
+    options: TrainerOptions,
+    attacks: Sequence[TensorAttack],
+    batches: Batches,
+    keeper: Keeper,
+    ranks: Ranks,
+    progress: Progress,
+    fit: FitOptions,
+    sample: Sequence[Batch],
+) -> StrengthMeter | None:
+    """
+    Find out whether attacks go on from the last epoch's, and load what a resumed run has found.
+
+    :param options: The trainer's options.
+    :param attacks: The attacks, which take turns.
+    :param batches: The training data.
+    :param keeper: Saves the run.
+    :param ranks: The processes that train together.
+    :param progress: Where the run is.
+    :param fit: The options of ``fit``.
+    :param sample: The samples that selections measure on; the strength is measured on some of them.
+    :return: What measures, with the attacks; `None` if the full attack is run in every epoch.
+    """
+    if fit.nb_epochs <= max(options.warmup, progress.epoch):
+        return None
+    reuse = make_reuse(options, attacks, batches, keeper, ranks)
+    if reuse is None:
+        return None
+    number = -(-min(MOST, max(1, batches.nb_samples // ONE_OF)) // ranks.size)
+    index = torch.cat([batch.index for batch in sample if batch.index is not None])[:number]
+    x, y = (torch.cat(values)[:number] for values in zip(*((batch.x, batch.y) for batch in sample), strict=True))
+    done = progress.epoch * batches.nb_batches + progress.batch
+    reuse.load_epochs(done)
+    meter = StrengthMeter(reuse=reuse, images=replace(Batch.whole(x, y), index=index))
+    reuse.load_batches(done)
+    return meter

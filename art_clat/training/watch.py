@@ -23,58 +23,69 @@ BATCHES = 3
 MOST, SUGGESTED = 0.25, 0.1
 
 
-def warn_about_still_layers(
-    classifier: TensorClassifier, layers: Sequence[Layer], batch: Batch, *, ranks: Ranks
-) -> None:
+class Watch:
     """
-    Warn if a chosen layer cannot move the loss, such as the first factor of an adapter whose second one is zero.
+    Warns, once a run, if a chosen layer cannot move the loss, or if λ times the feature distance rivals it.
 
     :param classifier: The classifier.
-    :param layers: The chosen layers; their parameters are trainable.
-    :param batch: Some training samples, this process's share.
     :param ranks: The processes; the first one warns.
     """
-    batch = batch.to(classifier.device)
-    largest = torch.zeros(len(layers), device=classifier.device)
-    if len(batch):
-        parameters = [(place, p) for place, layer in enumerate(layers) for p in layer.parameters() if p.requires_grad]
-        with evaluation_mode(classifier.model), torch.enable_grad():
-            loss, _ = classifier.loss(batch.x, batch.y)
-            tensors = [parameter for _, parameter in parameters]
-            gradients = torch.autograd.grad(loss, tensors, allow_unused=True) if loss.requires_grad else ()
-        for (place, _), gradient in zip(parameters, gradients, strict=False):
-            if gradient is not None:
-                largest[place] += gradient.abs().max()
-    still = [layer.name for layer, found in zip(layers, ranks.sum(largest).tolist(), strict=True) if found == 0]
-    if still and ranks.rank == 0:
-        logger.warning(
-            "The loss has no gradient in the chosen layer(s) %s, so training cannot move it by them, as behind a "
-            "weight that is 0: choose others by `selection=`, or set `requires_grad=False` on their parameters.",
-            ", ".join(still),
-        )
 
+    def __init__(self, classifier: TensorClassifier, ranks: Ranks) -> None:
+        self._classifier = classifier
+        self._ranks = ranks
+        self._still: set[str] = set()
+        self._has_warned = False
+        self._is_done = True
 
-class FirstBatches:
-    """
-    Warns if λ times the feature distance rivals the cross-entropy.
+    def begin(self, chosen: Sequence[Layer], objective: Objective, batch: Batch) -> None:
+        """
+        Look at layers that have just been chosen, and at the losses of the next batches.
 
-    :param objective: The objective of the stage.
-    """
+        :param chosen: The chosen layers; their parameters are trainable.
+        :param objective: The objective of the stage.
+        :param batch: Some training samples, this process's share.
+        """
+        self._objective, self._sums = objective, list[torch.Tensor]()
+        self._is_done = self._has_warned or not objective.has_distance
+        still = [layer.name for layer in self._still_layers(chosen, batch) if layer.name not in self._still]
+        self._still |= set(still)
+        if still and self._ranks.rank == 0:
+            logger.warning(
+                "The loss has no gradient in the chosen layer(s) %s, so training cannot move it by them, as behind a "
+                "weight that is 0: choose others by `selection=`, or set `requires_grad=False` on their parameters.",
+                ", ".join(still),
+            )
 
-    def __init__(self, objective: Objective) -> None:
-        self._objective = objective
-        self._sums: list[torch.Tensor] = []
+    def _still_layers(self, chosen: Sequence[Layer], batch: Batch) -> list[Layer]:
+        """Return the layers in which the loss has no gradient, such as an adapter's whose second factor is zero."""
+        batch = batch.to(self._classifier.device)
+        largest = torch.zeros(len(chosen), device=self._classifier.device)
+        if len(batch):
+            parameters = [(place, p) for place, layer in enumerate(chosen) for p in layer.parameters()]
+            parameters = [(place, parameter) for place, parameter in parameters if parameter.requires_grad]
+            with evaluation_mode(self._classifier.model), torch.enable_grad():
+                loss, _ = self._classifier.loss(batch.x, batch.y)
+                tensors = [parameter for _, parameter in parameters]
+                gradients = torch.autograd.grad(loss, tensors, allow_unused=True) if loss.requires_grad else ()
+            for (place, _), gradient in zip(parameters, gradients, strict=False):
+                if gradient is not None:
+                    largest[place] += gradient.abs().max()
+        found = self._ranks.sum(largest).tolist()
+        return [layer for layer, gradient in zip(chosen, found, strict=True) if gradient == 0]
 
-    def add(self, loss: BatchLoss, *, warns: bool) -> None:
-        """Look at a batch's loss; `warns` says whether this process warns."""
-        if not self._objective.has_distance or len(self._sums) == BATCHES:
+    def add(self, loss: BatchLoss) -> None:
+        """Look at a batch's loss."""
+        if self._is_done:
             return
         self._sums.append(torch.stack([loss.cross_entropy, loss.criticality_loss]).detach())
-        if len(self._sums) < BATCHES or not warns:
+        if len(self._sums) < BATCHES:
             return
+        self._is_done = True
         cross_entropy, distance = torch.stack(self._sums).mean(dim=0).tolist()
         weight = self._objective.weight
-        if cross_entropy > 0 and weight * distance > MOST * cross_entropy:
+        self._has_warned = cross_entropy > 0 and weight * distance > MOST * cross_entropy
+        if self._has_warned and self._ranks.rank == 0:
             logger.warning(
                 "λ times the feature distance is %.3g beside a cross-entropy of %.3g, and may ruin the network: "
                 "`criticality_weight=%.2g` would make it a tenth.",

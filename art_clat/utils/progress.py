@@ -25,11 +25,11 @@ class _AboveTheBar:
 
 
 @contextmanager
-def epoch_bar(done: int, total: int, shown: bool) -> Iterator[tqdm]:
-    """Show a progress bar of epochs, with log lines above it, or nothing."""
+def epoch_bar(done: int, total: int, *, quiet: bool) -> Iterator[tqdm]:
+    """Show a progress bar of epochs, with log lines above it; nothing if `quiet`."""
     with (
-        logging_above_the_bar() if shown else nullcontext(),
-        tqdm(initial=done, total=total, unit="epoch", disable=not shown) as bar,
+        nullcontext() if quiet else logging_above_the_bar(),
+        tqdm(initial=done, total=total, unit="epoch", disable=quiet) as bar,
     ):
         yield bar
 

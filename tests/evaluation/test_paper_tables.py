@@ -140,7 +140,7 @@ class TestConfiguration:
         arguments = trainer_arguments({**preset, "augmentation": "flip"}, arm)
         assert arguments["objective"] == "clean" and arguments["layers"].freeze_norms and arguments["augmentation"]
         assert arguments["selection"] == SelectionOptions("last", 32) and "freeze_norms" not in arguments
-        assert arguments["budget"] == Budget(parameter_share=0.05)
+        assert arguments["budget"] == Budget(parameter_share=0.05, fill=True)
 
     def test_data_of_a_seed(self):
         preset = CONFIG["presets"]["smoke"]

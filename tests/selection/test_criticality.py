@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import Normed, make_attack, make_classifier
+from conftest import Chain, Normed, make_attack, make_classifier
 from torch import nn
 
 from art_clat import LayerOptions, measure_criticality
@@ -21,6 +21,51 @@ def by_hand(features, x, x_adv):
     distance = np.sqrt(((x_adv - x).reshape(len(x), -1).astype(float) ** 2).sum(1))
     previous = [distance.mean() / x[0].size, *weakness.values()]
     return weakness, {name: weakness[name] / before for name, before in zip(weakness, previous, strict=False)}
+
+
+def rms_by_hand(before, after):
+    """Mean over the samples of the root mean square of a feature's change."""
+    return np.mean([float(((a - b) ** 2).mean().sqrt()) for a, b in zip(after, before, strict=True)])
+
+
+@pytest.mark.parametrize("predecessor", ["execution", "input"])
+def test_the_index_free_of_size_is_a_ratio_of_root_mean_squares(chain, data, predecessor):
+    classifier = make_classifier(chain)
+    attack = make_attack(classifier)
+    measured = measure_criticality(classifier, *data, attack=attack, layers=LayerOptions(predecessor=predecessor))
+    x, x_adv = torch.tensor(data[0]), torch.tensor(attack.generate(*data))
+    with torch.no_grad():
+        clean, perturbed = chain.features(x), chain.features(x_adv)
+    change = {name: rms_by_hand(clean[name], perturbed[name]) for name in clean}
+    before = [rms_by_hand(x, x_adv), *change.values()]
+    if predecessor == "input":
+        enters = {"first": torch.relu, "second": nn.functional.gelu, "hidden": torch.relu}
+        before[1:] = [rms_by_hand(f(clean[name]), f(perturbed[name])) for name, f in enters.items()]
+    for layer, previous in zip(measured, before, strict=False):
+        assert layer.rms_criticality == pytest.approx(change[layer.name] / previous, rel=1e-4)
+
+
+def widened(chain):
+    """Copy every channel of the first layer, and halve the weights that see them: the same function."""
+    wide = Chain()
+    wide.load_state_dict(chain.state_dict())
+    wide.first, wide.second = nn.Conv2d(2, 6, 3, padding=1), nn.Conv2d(6, 4, 3, stride=2, padding=1)
+    with torch.no_grad():
+        wide.first.weight.copy_(chain.first.weight.repeat(2, 1, 1, 1))
+        wide.first.bias.copy_(chain.first.bias.repeat(2))
+        wide.second.weight.copy_(chain.second.weight.repeat(1, 2, 1, 1) / 2)
+        wide.second.bias.copy_(chain.second.bias)
+    return wide
+
+
+def test_copying_channels_changes_the_literal_index_alone(chain, data):
+    narrow, wide = (
+        measure_criticality(classifier, *data, attack=make_attack(classifier, norm=2, eps=0.5))
+        for classifier in (make_classifier(chain), make_classifier(widened(chain)))
+    )
+    for one, other, factor in zip(narrow, wide, (0.5**0.5, 2**0.5, 1, 1), strict=True):
+        assert other.rms_criticality == pytest.approx(one.rms_criticality, rel=1e-4)
+        assert other.criticality == pytest.approx(factor * one.criticality, rel=1e-4)
 
 
 @pytest.mark.parametrize("norm", [np.inf, 2, 1])

@@ -106,6 +106,7 @@ class TestRules:
         ("rule", "figure"),
         [
             ("criticality", "criticality"),
+            ("criticality_rms", "rms_criticality"),
             ("relative_criticality", "relative_criticality"),
             ("relative_error", "relative_error"),
         ],

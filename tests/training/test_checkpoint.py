@@ -20,8 +20,9 @@ from torch.optim import lr_scheduler as lr
 from torchvision.transforms import v2
 
 from art_clat import AdversarialTrainerCLATPyTorch, LayerOptions, TrainingLoop
-from art_clat.training import checkpoint, description
+from art_clat.training import description
 from art_clat.training.history import EpochRecord
+from art_clat.training.keeper import Keeper
 from art_clat.training.state import pack, unpack
 from art_clat.utils import files
 from art_clat.utils.files import read, write
@@ -184,7 +185,7 @@ class TestResume:
         assert_equal(fit(run, tmp_path), fit(make_run(scheduler=scheduler)))
 
     def test_a_finished_run_is_loaded_and_the_log_says_so(self, tmp_path, caplog):
-        caplog.set_level("INFO", "art_clat.training")
+        caplog.set_level("INFO", "art_clat.training.loop")
         first = make_run()
         expected = fit(first, tmp_path)
         assert "is finished" not in caplog.text
@@ -364,7 +365,7 @@ class TestBest:
             assert_equal(again.classifier.model.state_dict(), trainer.classifier.model.state_dict())
 
     def test_is_the_first_of_equals(self, chain):
-        keeper = checkpoint.Keeper(chain, keeps_best=True)
+        keeper = Keeper(chain, keeps_best=True)
         for epoch, accuracy in enumerate((0.1, 0.5, 0.5)):
             chain.first.bias.data.fill_(epoch)
             record = EpochRecord(
@@ -373,7 +374,7 @@ class TestBest:
                 robust_accuracy=accuracy,
             )  # fmt: skip
             keeper.consider(record)
-        keeper.finish(restore_best=True)
+        keeper.restore_best()
         assert (chain.first.bias == 1).all()
 
     def test_needs_validation_data(self):

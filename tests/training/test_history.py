@@ -111,11 +111,14 @@ def test_heat_map_is_coloured_by_the_rule_that_chose():
     assert "gradient_prominence" in ax.figure.axes[1].get_ylabel()
 
 
-def test_heat_map_of_an_index_is_centred_on_one():
-    ax = scored("relative_criticality", (0.5, 2.0, 1.0)).plot_heat_map()
+@pytest.mark.parametrize(
+    ("rule", "label"), [("relative_criticality", "relative"), ("criticality_rms", "root mean square")]
+)
+def test_heat_map_of_an_index_is_centred_on_one(rule, label):
+    ax = scored(rule, (0.5, 2.0, 1.0)).plot_heat_map()
     (image,) = ax.get_images()
     assert image.norm.vmin * image.norm.vmax == pytest.approx(1) and image.norm.vmax == pytest.approx(2)
-    assert "relative" in ax.figure.axes[1].get_ylabel()
+    assert label in ax.figure.axes[1].get_ylabel()
 
 
 @pytest.mark.parametrize("scores", [(), (math.inf,) * 3])

@@ -180,7 +180,7 @@ def test_images_that_an_epoch_does_not_visit_keep_their_perturbation(chain, data
 
     def end_epoch(loop, end_epoch):
         end_epoch()
-        kept.append((loop.reuse.kept.stamps.clone(), loop.reuse.kept.shares.clone()))
+        kept.append((loop.meter.reuse.kept.stamps.clone(), loop.meter.reuse.kept.shares.clone()))
 
     seen = watch(observe(trainer, end_epoch=end_epoch))
     trainer.fit(*data, batch_size=20, nb_epochs=4, drop_last=drop_last, checkpoint=tmp_path, **QUIET)
@@ -253,6 +253,17 @@ def test_resumed_run_ends_like_one_without_a_break(tmp_path, case):
         assert without_seconds(resumed[0].history) == without_seconds(straight[0].history)
         strengths = [trainer.history.strengths for trainer in (resumed[0], straight[0])]
         assert strengths[0] == strengths[1] and len(strengths[0]) == 1
+
+
+@pytest.mark.parametrize("case", ["plain", "moved"])
+def test_an_epoch_at_a_time(case):
+    """Perturbations outlive the call of `fit` that found them."""
+    straight, parts = make_reusing(**CASES[case]), make_reusing(**CASES[case])
+    expected = fit(straight)
+    for nb_epochs in range(1, 7):
+        found = fit(parts, nb_epochs=nb_epochs, resume=True)
+    assert_equal(found, expected)
+    assert parts[0].history.strengths == straight[0].history.strengths
 
 
 def _die(number):
@@ -483,7 +494,7 @@ class TestStrength:
 
         def begin_epoch(loop, end_epoch):
             end_epoch()
-            stored.append((loop.reuse.kept.shares.clone(), loop.meter.images))
+            stored.append((loop.meter.reuse.kept.shares.clone(), loop.meter.images))
 
         observe(trainer, end_epoch=begin_epoch)
         trainer.fit(*data, batch_size=100, nb_epochs=13, **QUIET)

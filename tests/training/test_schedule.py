@@ -227,7 +227,7 @@ def check(scheduler, nb_epochs, nb_batches, step="epoch", **kwargs):
     """Compare a scheduler with a run, without the run."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], 0.05, momentum=0.9)
     fit_options = FitOptions(batch_size=1, nb_epochs=nb_epochs, scheduler_step=step)
-    schedule = Schedule.of(scheduler(optimizer), optimizer, fit_options, nb_batches, True)
+    schedule = Schedule.of(scheduler(optimizer), optimizer, fit=fit_options, nb_batches=nb_batches, has_validation=True)
     schedule.check_new(is_whole=True, **kwargs)
     return schedule
 

@@ -9,7 +9,13 @@ from art_clat.training.objectives.base import (
     register_objective,
 )
 from art_clat.training.objectives.clat import AdversarialCLAT, CleanCLAT, RelativeCLAT, SingleStepCLAT
-from art_clat.training.objectives.rivals import MART, TRADES, AdversarialTraining
+from art_clat.training.objectives.rivals import (
+    MART,
+    TRADES,
+    AdversarialTraining,
+    AdversarialWeightPerturbation,
+    SingleStepTraining,
+)
 
 __all__ = [
     "MART",
@@ -17,11 +23,13 @@ __all__ = [
     "TRADES",
     "AdversarialCLAT",
     "AdversarialTraining",
+    "AdversarialWeightPerturbation",
     "BatchLoss",
     "CleanCLAT",
     "Objective",
     "RelativeCLAT",
     "SingleStepCLAT",
+    "SingleStepTraining",
     "find_objective",
     "list_objectives",
     "register_objective",

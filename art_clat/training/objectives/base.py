@@ -62,8 +62,13 @@ class Objective(abc.ABC):
     default_weight: ClassVar[float] = 0.0
     #: Whether it can train the whole network, and so be a ``first_stage``.
     trains_whole_network: ClassVar[bool] = False
+    #: γ of AWP if the trainer's is 0. If this one is positive, the first stage uses the trainer's, too.
+    weight_perturbation: ClassVar[float] = 0.0
     #: Whether the logits of :meth:`loss` are those of the perturbed batch.
     logits_are_adversarial: ClassVar[bool] = True
+    #: Number of the inner attack's few steps, which is watched for catastrophic overfitting and raised if it shows, see
+    #: :mod:`art_clat.training.overfitting`. `None` for the attack's own steps, which are not watched.
+    nb_steps: int | None = None
     #: Whether the second term is a feature distance, which should stay small beside the cross-entropy.
     has_distance: ClassVar[bool] = False
     #: Whether :meth:`inner_loss` is climbed in one step of size ε instead of the attack's steps.
@@ -168,7 +173,7 @@ def list_objectives(*, first_stage: bool = False) -> list[str]:
     List the objectives that the trainer's ``objective=`` or ``first_stage=`` accepts by name.
 
     >>> list_objectives(first_stage=True)
-    ['pgd_at', 'trades', 'mart']
+    ['pgd_at', 'trades', 'mart', 'awp', 'fgsm_rs']
 
     :param first_stage: List only the objectives that can train the whole network.
     :return: The names, in the order of registration.

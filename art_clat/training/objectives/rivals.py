@@ -1,4 +1,4 @@
-"""Adversarial training without a feature distance: PGD-AT, TRADES and MART."""
+"""Adversarial training without a feature distance: PGD-AT, TRADES, MART, AWP and FGSM-RS."""
 
 from __future__ import annotations
 
@@ -82,6 +82,47 @@ class MART(_OutputObjective):
         boosted = -log_p.gather(1, labels[:, None])[:, 0] - torch.log1p(-runner_up.exp().clamp(max=1 - 1e-6))
         wrong = 1 - clean.softmax(dim=1).gather(1, labels[:, None])[:, 0]
         return BatchLoss.weighted(boosted.mean(), _divergence(clean, perturbed) * wrong, self.weight, perturbed)
+
+
+@register_objective("awp")
+class AdversarialWeightPerturbation(AdversarialTraining):
+    """
+    Adversarial weight perturbation on PGD-AT (Wu et al., arXiv 2004.05884): flat minima of the adversarial loss,
+
+        max over ‖v_i‖ ≤ γ·‖w_i‖ of  L(F_{w+v}(x'), y),
+
+    for each weight tensor w_i. γ is the trainer's ``weight_perturbation``, or 0.01 if that is 0. The authors use 0.005
+    on CIFAR. As in their code, v is one step along the gradient and only tensors of two or more dimensions whose name
+    contains "weight" move. Unlike in their code, the weights are put back before the optimiser's step, not after it, so
+    that weight decay is that of the weights themselves.
+    """
+
+    weight_perturbation = 0.01
+
+
+#: Summed length of FGSM-RS's steps, in units of ε.
+REACH = 1.25
+
+
+@register_objective("fgsm_rs")
+class SingleStepTraining(AdversarialTraining):
+    """
+    PGD-AT with a single step of 1.25·ε from a random start in the ball (FGSM-RS, Wong et al., arXiv 2001.03994).
+
+    It takes the ball from the trainer's attack. The network is attacked in evaluation mode, as everywhere here; the
+    authors' code attacks it in training mode. :class:`art_clat.training.overfitting.OverfittingGuard` watches it: after
+    catastrophic overfitting the attack makes 2, 4 or 8 steps, of 1.25·ε together.
+    """
+
+    nb_steps = 1
+
+    @classmethod
+    def has_inner_loss(cls) -> bool:
+        return True  # the ball must be known, although the loss is the attack's
+
+    def perturb(self, attack: TensorAttack, batch: Batch) -> torch.Tensor:
+        assert self.nb_steps is not None
+        return attack.in_few_steps(batch, self.nb_steps, reach=REACH)
 
 
 def _divergence(clean: torch.Tensor, perturbed: torch.Tensor) -> torch.Tensor:

@@ -123,7 +123,7 @@ class TestFirstBatches:
     @pytest.mark.parametrize("chosen", ["2.A", "2.B"])
     def test_a_layer_that_cannot_move_is_named(self, data, caplog, chosen):
         model = nn.Sequential(nn.Flatten(), nn.Linear(72, 16), LoRA(16), nn.ReLU(), nn.Linear(16, 4))
-        trainer = make_trainer(make_classifier(model), selection=[chosen], reselect_every=10)
+        trainer = make_trainer(make_classifier(model), selection=[chosen], reselect_every=1)
         trainer.fit(*data, batch_size=8, nb_epochs=3, **QUIET)
         found = [message for message in warnings_of(caplog) if "gradient" in message]
         assert len(found) == (chosen == "2.A")
@@ -156,7 +156,7 @@ class TestFirstBatches:
             return losses[-1]
 
         before = state_of(chain)
-        trainer = make_trainer(make_classifier(chain), objective=objective, criticality_weight=30.0)
+        trainer = make_trainer(make_classifier(chain), objective=objective, criticality_weight=30.0, reselect_every=1)
         observe(trainer, step=step).fit(*data, batch_size=16, nb_epochs=2, **QUIET)
         (message,) = (message for message in warnings_of(caplog) if "distance" in message)
         share = sum(float(30 * loss.criticality_loss) for loss in losses[:3])
@@ -191,7 +191,13 @@ class TestBeforeARun:
         assert len(found) == 2 and all("CLAT never begins" in message for message in found)
         assert "`warmup` (3) is not below `nb_epochs` (2)" in found[1]
         trainer.fit(*data, nb_epochs=4, **QUIET)
-        assert len(warnings_of(caplog)) == 2
+        for nb_epochs in (1, 1, 1):
+            trainer.fit(*data, nb_epochs=nb_epochs, **QUIET)
+        assert len(warnings_of(caplog)) == 3  # once for the loop
+        trainer = make_trainer(make_classifier(Chain()), warmup=2)
+        for nb_epochs in (1, 2, 3):
+            trainer.fit(*data, nb_epochs=nb_epochs, resume=True, **QUIET)
+        assert len(warnings_of(caplog)) == 3 and [e.stage for e in trainer.history.epochs][-1] == "clat"
 
     @pytest.mark.parametrize(
         ("norm", "eps", "is_reported"),
