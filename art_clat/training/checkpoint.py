@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol, cast
 
 import torch
@@ -275,15 +276,14 @@ class Memory(Checkpoint):
     """
     What the files of a checkpoint would hold, kept in memory for the next call of ``fit``.
 
-    :param kept: The files' tensors and content by name; changed.
+    :param kept: The files' tensors and content by name, and a temporary folder for what others save; changed.
     """
 
     def __init__(self, kept: dict[str, Any], *args: Any) -> None:
-        super().__init__("", *args)
+        if "folder" not in kept:
+            kept["folder"] = TemporaryDirectory(prefix="art_clat-")
+        super().__init__(kept["folder"].name, *args)
         self.kept = kept
-
-    def prepare(self) -> None:
-        """Do nothing: there is no folder."""
 
     def _check(self, there: Mapping[str, object], folder: str = "", argument: str = "checkpoint") -> None:
         super()._check(there, "the latest call of this trainer", "resume")

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 from torch import nn
 
 from art_clat.training.averaging import Average
-from art_clat.training.checkpoint import Best, Checkpoint, Holder, Memory, Progress
+from art_clat.training.checkpoint import Best, Checkpoint, Holder, Progress
 from art_clat.training.history import EpochRecord
 from art_clat.utils.weights import load_weights, weights
 
@@ -95,15 +94,8 @@ class Keeper:
 
     @property
     def folder(self) -> Path | None:
-        """The checkpoint's folder; `None` if nothing is saved in files."""
-        if self._checkpoint is None or isinstance(self._checkpoint, Memory):
-            return None
-        return self._checkpoint.last.parent
-
-    @property
-    def memory(self) -> dict[str, Any] | None:
-        """What is kept in memory for the next call of ``fit``; `None` if nothing is."""
-        return self._checkpoint.kept if isinstance(self._checkpoint, Memory) else None
+        """The folder for files of the run, a temporary one if it is kept in memory; `None` if nothing is saved."""
+        return None if self._checkpoint is None else self._checkpoint.last.parent
 
     @property
     def identity(self) -> str:

@@ -193,8 +193,6 @@ def make_reuse(
         return None
     assert place is not None
     kept = Perturbations(shape, ball, place)
-    if keeper.memory is not None:
-        kept = keeper.memory.setdefault("perturbations", kept)  # those of the call before, if there was one
     folder = keeper.folder
     if ranks.rank == 0:
         on_disk = "" if folder is None else f", twice that in {folder}"

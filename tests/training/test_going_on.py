@@ -79,6 +79,54 @@ def test_an_epoch_at_a_time_in_a_folder(tmp_path):
     assert_equal(given, expected)
 
 
+class TestReusedPerturbations:
+    """Attacks that go on from the last epoch's go on from those of the last call."""
+
+    REUSED = {"augmentation": None, "reuse_perturbations": 1}  # noqa: RUF012
+
+    def make(self):
+        return make(**self.REUSED)
+
+    def test_an_epoch_at_a_time(self):
+        straight, run = self.make(), self.make()
+        expected = fit(straight, 7)
+        for nb_epochs in (1, 2, 3, 5, 6, 7):
+            given = fit(run, nb_epochs, resume=True)
+        assert_equal(given, expected)
+        assert run[0].history.strengths == straight[0].history.strengths != []
+        other = fit(make(augmentation=None), 7)
+        assert any(not torch.equal(other[name], expected[name]) for name in expected)
+
+    def test_a_call_that_fails(self):
+        expected, run = fit(self.make(), 6), self.make()
+        fit(run, 4, resume=True)
+        interrupt(run[0], 3 + 2)
+        with pytest.raises(KeyboardInterrupt):
+            fit(run, 6, resume=True)
+        run[0].loop_class = TrainingLoop
+        assert_equal(fit(run, 6, resume=True), expected)
+
+    @pytest.mark.parametrize("first", [1, 2, 3, 4])
+    def test_a_finished_run_gets_more_epochs(self, tmp_path, first):
+        fit(self.make(), first, checkpoint=tmp_path)
+        assert_equal(fit(self.make(), 6, checkpoint=tmp_path), fit(self.make(), 6))
+
+    @pytest.mark.parametrize("at", [7, 8, 9, 10, 13])
+    def test_a_stopped_run(self, tmp_path, at):
+        fit(self.make(), 6, checkpoint=tmp_path, callbacks=[Stop("on_batch_end", at)])
+        assert_equal(fit(self.make(), 5, checkpoint=tmp_path), fit(self.make(), 5))
+
+
+def test_a_plateau_does_not_count_the_last_validation_of_a_run_that_goes_on(tmp_path):
+    def scheduler(optimizer):
+        return lr.ReduceLROnPlateau(optimizer, mode="max", patience=1)
+
+    expected = fit(make(scheduler), 8, validate_every=2)
+    for nb_epochs in (1, 3, 5, 8):
+        given = fit(make(scheduler), nb_epochs, validate_every=2, checkpoint=tmp_path)
+    assert_equal(given, expected)
+
+
 def test_dropout_norms_and_the_best_epoch_survive_calls_that_resume():
     straight, run = (
         make(network=lambda: make_run()[0].classifier.model),
@@ -90,14 +138,17 @@ def test_dropout_norms_and_the_best_epoch_survive_calls_that_resume():
     assert_equal(given, expected)
 
 
-def test_one_epoch_a_call_without_resume_never_reaches_clat_and_with_it_does():
+def test_one_epoch_a_call_without_resume_never_reaches_clat_and_with_it_does(caplog):
     trainer = make("none")[0]
     for _ in range(4):
         fit((trainer, None), 1)
         assert stages(trainer) == ["adversarial training"]
+    assert caplog.text.count("CLAT never begins") == caplog.text.count("pass `resume=True`") == 1
+    caplog.clear()
     trainer = make("none")[0]
     for nb_epochs in range(1, 5):
         fit((trainer, None), nb_epochs, resume=True)
+    assert "CLAT never begins" not in caplog.text
     assert stages(trainer) == ["adversarial training"] * 2 + ["clat"] * 2
 
 
@@ -248,7 +299,9 @@ class TestStopped:
         assert not steps and again[0].history == history
         (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
         assert "was stopped by a callback in epoch" in line and "another `nb_epochs` than 5 goes on" in line
-        assert_equal(fit(make(), 6, checkpoint=tmp_path), fit(make(), 6))
+        longer, straight = make(), make()
+        assert_equal(fit(longer, 6, checkpoint=tmp_path), fit(straight, 6))
+        assert without_seconds(longer[0].history) == without_seconds(straight[0].history)
 
     def test_ends_with_the_average_and_restores_the_model(self):
         run, averages = make(ema_decay=0.5), []

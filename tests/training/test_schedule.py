@@ -375,14 +375,24 @@ class TestFitsTheRun:
         check(scheduler, 6, 4, step)
         assert not caplog.records
 
+    def test_a_length_in_epochs_stepped_by_an_odd_number_of_batches(self, caplog):
+        """It ends at the lowest learning rate, as whole cycles do."""
+        check(lambda o: lr.CosineAnnealingLR(o, 6), 6, 3, "batch")
+        assert "CosineAnnealingLR(T_max=6) has its lowest learning rate after 6 steps" in caplog.text
+        caplog.clear()
+        check(lambda o: lr.CosineAnnealingLR(o, 5), 5, 9, "epoch")
+        check(lambda o: lr.CosineAnnealingLR(o, 15), 5, 9, "batch")
+        assert not caplog.records
+
     @pytest.mark.parametrize("total", range(1, 9))
-    @pytest.mark.parametrize("milestone", [None, 2])
-    def test_what_is_certain_to_fail_is_refused(self, total, milestone):
+    @pytest.mark.parametrize("place", ["alone", "last", "first"])
+    def test_what_is_certain_to_fail_is_refused(self, total, place):
         def scheduler(optimizer):
-            if milestone is None:
-                return lr.OneCycleLR(optimizer, 0.1, total_steps=total)
-            first = lr.ConstantLR(optimizer)
-            return lr.SequentialLR(optimizer, [first, lr.OneCycleLR(optimizer, 0.1, total_steps=total)], [milestone])
+            one_cycle = lr.OneCycleLR(optimizer, 0.1, total_steps=total)
+            if place == "alone":
+                return one_cycle
+            parts = [one_cycle, lr.ConstantLR(optimizer)] if place == "first" else [lr.ConstantLR(optimizer), one_cycle]
+            return lr.SequentialLR(optimizer, parts, [4 if place == "first" else 2])
 
         try:
             expected_rates(scheduler, 6)
@@ -402,11 +412,11 @@ class TestFitsTheRun:
 
     def test_the_second_run_with_one_scheduler(self, caplog):
         """It has already come down."""
-        run = make(lambda o: lr.CosineAnnealingLR(o, 2))
-        fit(run, 2)
-        assert "CosineAnnealingLR" not in caplog.text
-        fit(run, 2)
-        assert "CosineAnnealingLR(T_max=2) has its lowest learning rate after 2 steps" in caplog.text
+        run = make(lambda o: lr.CosineAnnealingLR(o, 3))
+        fit(run, 3)
+        assert "scheduler" not in caplog.text
+        fit(run, 3)
+        assert "CosineAnnealingLR(T_max=3) has its lowest learning rate after 3 steps" in caplog.text
 
     def test_the_second_run_with_one_scheduler_that_would_fail(self):
         run = make(lambda o: lr.OneCycleLR(o, 0.1, total_steps=2))
@@ -420,7 +430,7 @@ class TestFitsTheRun:
         run = make(lambda o: lr.CosineAnnealingLR(o, 5))
         for nb_epochs in range(1, 6):
             fit(run, nb_epochs, resume=True)
-        assert not caplog.records
+        assert "scheduler" not in caplog.text
         for _ in range(2):
             fit(make(lambda o: lr.CosineAnnealingLR(o, 5)), 2, checkpoint=tmp_path)
         assert caplog.text.count("does not come to its end") == 1
