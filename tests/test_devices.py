@@ -115,7 +115,7 @@ def test_precision_modes(device, data, mode, objective):
     np.testing.assert_allclose(*losses, rtol=1e-3 if mode == "channels_last" and device == "cpu" else 0.05)
     dtypes = {dtype for dtype, _ in seen}
     assert dtypes == ({torch.float32, torch.bfloat16} if options.amp else {torch.float32})
-    assert all(is_last for _, is_last in seen[4:]) == options.channels_last  # after the layers were found
+    assert all(is_last for _, is_last in seen[7:]) == options.channels_last  # after the layers were found
     assert all(p.dtype == torch.float32 and p.is_contiguous() for p in models[1].parameters())
 
 

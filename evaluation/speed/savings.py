@@ -22,10 +22,12 @@ def weights_trainable(classifier: TensorClassifier) -> Iterator[None]:
         yield
 
 
-def backward(loss: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor | None]:
-    """Take an input gradient as ART does: with all weight gradients beside it."""
+def backward(loss: torch.Tensor, inputs: Any, grad: Any = torch.autograd.grad, **options: Any) -> Any:
+    """Take an attack's gradient as ART does: with all weight gradients beside it. Others are taken as they are."""
+    if not isinstance(inputs, torch.Tensor):
+        return grad(loss, inputs, **options)
     loss.backward()
-    return (x.grad,)
+    return (inputs.grad,)
 
 
 def nothing(*_: object) -> contextlib.AbstractContextManager[None]:
