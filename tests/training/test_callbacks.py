@@ -236,14 +236,20 @@ def test_logs_of_a_run_that_is_killed_hold_each_epoch_once(tmp_path):
         with_tensorboard = True
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["art_clat", "pytest", "torchvision.transforms.v2"])
-    rng, kills = random.Random(1), 0
+    rng, kills, log = random.Random(1), 0, tmp_path / "log.csv"
+
+    def lines():
+        return len(log.read_text().splitlines()) if log.exists() else 0
+
     while not (tmp_path / "end.json").exists():
         begun = context.Event()
         process = context.Process(target=_train, args=(str(tmp_path), with_tensorboard, begun))
         process.start()
         begun.wait(120)
         if kills < 6:
-            time.sleep(rng.uniform(0.05, 0.4))
+            while process.is_alive() and lines() <= kills:  # the header, and an epoch more for every kill
+                pass
+            time.sleep(rng.uniform(0, 0.02))
             if process.is_alive():
                 os.kill(process.pid, signal.SIGKILL)
                 kills += 1

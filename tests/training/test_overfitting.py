@@ -62,7 +62,7 @@ class TestOnDigits:
 
     def test_without_the_guard_robustness_is_lost(self, monkeypatch):
         robust, history = self.train(monkeypatch, guarded=False)
-        assert robust < 0.03 and history.epochs[-1].train_robust_accuracy > 0.5
+        assert robust < 0.08 and history.epochs[-1].train_robust_accuracy > 0.5
         assert {record.attack_steps for record in history.epochs} == {1}
 
 
