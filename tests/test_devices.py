@@ -12,7 +12,7 @@ from conftest import Chain, Normed, Recurrent, make_attack, make_classifier, obs
 from launching import launch
 from torch import nn
 
-from art_clat import AdversarialTrainerCLATPyTorch, Batch, LayerOptions, PerformanceOptions
+from art_clat import AdversarialTrainerCLATPyTorch, Batch, CropAndFlip, LayerOptions, PerformanceOptions
 from art_clat.attacks.tensor_attack import TensorAttack
 from art_clat.models.tensor_classifier import TensorClassifier
 
@@ -89,6 +89,40 @@ def test_resume_after_an_interruption(device, data, tmp_path, at):
         ends.append((state_of(trainer.classifier.model), [record.loss for record in trainer.history.epochs]))
     assert all(torch.equal(value, ends[1][0][name]) for name, value in ends[0][0].items())
     assert ends[0][1] == ends[1][1]
+
+
+@pytest.mark.parametrize("augmentation", [None, CropAndFlip(1)])
+def test_reused_perturbations_wherever_they_are_kept(device, data, tmp_path, monkeypatch, augmentation):
+    """Beside the network or in the processor's memory; a run that is resumed ends the same."""
+    ends = []
+    for share, at in ((0.3, None), (0.0, None), (0.3, 8)):
+        monkeypatch.setattr("art_clat.training.data.DEVICE_SHARE", share)
+        monkeypatch.setattr("art_clat.training.reuse.DEVICE_SHARE", share)
+        folder, kept = tmp_path / f"{share} {at}", []
+        for attempt in range(1 if at is None else 2):
+            torch.manual_seed(3)
+            trainer = make_trainer(
+                classifier_on(device, Normed()), ratio=0.7, reuse_perturbations=1, augmentation=augmentation
+            )
+            steps = []
+
+            def step(loop, original, *args, steps=steps, kept=kept, stops=at is not None and attempt == 0, at=at):
+                steps.append(1)
+                kept.append(loop.meter.reuse.kept.shares.device.type)
+                if stops and len(steps) == at + 1:
+                    raise Interrupted
+                return original(*args)
+
+            observe(trainer, step=step)
+            try:
+                trainer.fit(*data, batch_size=12, nb_epochs=4, checkpoint=folder, checkpoint_every=1, **QUIET)
+            except Interrupted:
+                continue
+        assert set(kept) == {device if share else "cpu"}
+        ends.append((state_of(trainer.classifier.model), trainer.history.strengths))
+    for state, strengths in ends[1:]:
+        assert all(torch.equal(value, state[name]) for name, value in ends[0][0].items())
+        assert strengths == ends[0][1] and len(strengths) == 1
 
 
 @pytest.mark.parametrize("mode", ["amp", "tf32", "channels_last", "all"])

@@ -108,11 +108,11 @@ class StrengthMeter:
         sums = torch.zeros(4, device=images.x.device)
         if len(batch):
             random = attack.random_start(batch) - batch.x
-            step = attack.eps / 4
+            step, shares = attack.eps / 4, self._shares.to(batch.x.device)
             for place, x_adv in enumerate(
                 (
                     attack.go_on(objective.climbed, batch, random, nb_steps=STEPS, step=step),
-                    self.reuse.go_on(objective, attack, batch, self._shares, self.reuse.moves(batch, seed, epoch)),
+                    self.reuse.go_on(objective, attack, batch, shares, self.reuse.moves(batch, seed, epoch)),
                     objective.perturb(attack, batch),
                 )
             ):
