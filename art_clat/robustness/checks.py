@@ -79,6 +79,11 @@ def count_classes(model: nn.Module, x: torch.Tensor, argument: str) -> int:
         raise ValueError(
             f"`{argument}` does not take images of {x.shape[1]} channels and {x.shape[2]}×{x.shape[3]} pixels: {error}"
         ) from error
+    if isinstance(output, torch.Tensor) and tuple(output.shape) in ((len(x),), (len(x), 1)):
+        raise ValueError(
+            f"`{argument}` returns one logit, and must return those of both classes: wrap it, "
+            "`art_clat.TwoLogits(model)`."
+        )
     if not isinstance(output, torch.Tensor) or output.ndim != 2:
         raise ValueError(
             f"`{argument}` must return logits of shape (n, nb_classes), "

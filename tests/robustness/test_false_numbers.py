@@ -306,8 +306,8 @@ class TestFewClasses:
         with pytest.raises(ValueError, match=f"at least 4 classes .* `autoattack_version='few-classes'`{rand}"):
             evaluate_robustness(model, x, y, norm="Linf", eps=0.1)
 
-    def test_one_class_is_none(self):
-        with pytest.raises(ValueError, match="at least 2 classes in version 'few-classes', the network has 1"):
+    def test_one_logit_is_no_class(self):
+        with pytest.raises(ValueError, match="returns one logit, .* `art_clat.TwoLogits"):
             evaluate_robustness(
                 nn.Sequential(nn.Flatten(), nn.Linear(4, 1)), np.zeros((8, 1, 2, 2), np.float32), np.zeros(8, int),
                 norm="Linf", eps=0.1, autoattack_version="few-classes",
