@@ -128,7 +128,7 @@ def recorded(arguments: Sequence[str]) -> str:
 def _add_evaluate(sub: argparse.ArgumentParser) -> None:
     add = sub.add_argument
     add("--model", required=True, help="a timm name, a RobustBench model id, module:function or file.py:function")
-    add("--checkpoint", type=Path, help="weights: .safetensors, or a state_dict of torch.save")
+    add("--checkpoint", type=Path, help="weights: .safetensors, a state_dict of torch.save, or the folder of a run")
     add("--weights", choices=WEIGHTS, help="which weights of a checkpoint that has both; the average by default")
     add("--model-dir", type=Path, default=Path("models"), help="where RobustBench keeps its models' weights")
     add("--dataset", required=True, help=f"{', '.join(DATASETS)}, an image folder, or an .npz file with x and y")

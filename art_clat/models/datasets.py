@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tokenize import TokenError
 from types import ModuleType
 from typing import Any
 
@@ -211,7 +213,7 @@ def _image(images: Any, index: int) -> npt.NDArray[np.float32]:
     """Read one image of a folder."""
     try:
         return images[index][0].numpy()  # type: ignore[no-any-return]
-    except OSError as error:
+    except (OSError, ValueError, SyntaxError) as error:  # PIL's, of files that are cut off or damaged
         raise ValueError(f"`dataset`: {images.samples[index][0]} cannot be read as an image: {error}") from error
 
 
@@ -240,7 +242,7 @@ def _npz(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
             if not {"x", "y"} <= set(arrays.files):
                 raise ValueError(f"arrays `x` and `y` are needed, it has {', '.join(arrays.files) or 'none'}")
             x, y = arrays["x"], arrays["y"]
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, SyntaxError, KeyError, zipfile.BadZipFile, zlib.error, TokenError) as error:
         raise ValueError(f"`dataset`: {path} cannot be read: {error}.") from error
     if x.dtype == np.uint8:
         x = x.astype(np.float32) / 255

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import pickle
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.models import clean_state_dict
 from torch import nn
@@ -21,14 +22,17 @@ from art_clat.utils.weights import named_tensors
 
 logger = logging.getLogger(__name__)
 
-#: Files that hold other things as well keep a network's tensors under one of these names. Averaged weights come first,
-#: as in timm.
-AVERAGED = ("state_dict_ema", "model_ema")
-ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net")
-
-
 #: Which weights of a file that has both are read: those of the last step, or their average (`ema_decay`).
 WEIGHTS = ("average", "raw")
+
+#: Files that hold other things as well keep a network's tensors under one of these names.
+ENTRIES = ("state_dict", "model_state_dict", "model", "net")
+
+#: Names of averaged weights, in timm's and torchvision's files and others.
+AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model_state_dict", "model_state_dict_ema")
+
+#: The name of the raw weights in files whose ``model_state_dict`` is the average.
+UNAVERAGED = "unaveraged_model_state_dict"
 
 
 def load_state_dict(model: nn.Module, path: str | os.PathLike[str], weights: str | None = None) -> None:
@@ -41,10 +45,11 @@ def load_state_dict(model: nn.Module, path: str | os.PathLike[str], weights: str
     - If the file has averaged weights (`ema_decay`) as well, those are loaded, unless `weights` is ``"raw"``.
 
     :param model: A network of the same architecture. It stays as it is if an error is raised.
-    :param path: A ``.safetensors`` file, or one that ``torch.save`` or this package's trainer wrote.
+    :param path: A ``.safetensors`` file, one that ``torch.save`` wrote, or the folder of a run, of which
+           ``best.safetensors`` is read, or ``last.safetensors`` if there is no best one.
     :param weights: ``"average"``, ``"raw"``, or `None` for the average if there is one.
     :raises FileNotFoundError: If there is no such file.
-    :raises ValueError: If the file is damaged, holds code, or is of another network.
+    :raises ValueError: If the file is damaged, holds code, is of another network, or lacks the `weights` asked for.
     """
     expected = model.state_dict()
     own = named_tensors(model)
@@ -113,19 +118,45 @@ def read_state_dict(path: str | os.PathLike[str], weights: str | None = None) ->
     :param weights: As for :func:`load_state_dict`.
     :return: The tensors by name, on the CPU, without an optimiser's.
     :raises FileNotFoundError: If there is no such file.
-    :raises ValueError: If the file is damaged, or holds something else, or no average although one is asked for.
+    :raises ValueError: If the file is damaged, or holds something else, or lacks the `weights` asked for.
     """
     if weights is not None:
         check_choice(weights, WEIGHTS, argument="weights")
-    path = Path(path)
+    file = _find_file(Path(path))
+    found = _split(_read(file), file)
+    if weights == "average" and weights not in found:
+        raise ValueError(f"`weights`: {file} has no average of the weights; the run that wrote it had no `ema_decay`.")
+    if weights == "raw" and weights not in found:
+        hint = " Those of the last step of a run are in its last.safetensors." * (file.name == "best.safetensors")
+        raise ValueError(f"`weights`: {file} has the average of the weights only.{hint}")
+    which = weights or ("average" if "average" in found else "raw")
+    if len(found) > 1:
+        read = "the weights of the last step" if which == "raw" else "their average"
+        logger.info("%s has weights and their average: %s is read (`weights`).", file, read)
+    elif file != Path(path):
+        logger.info("%s is read.", file)
+    return found[which]
+
+
+def _find_file(path: Path) -> Path:
+    """Return a file, or that of a run's folder."""
+    if path.is_dir():
+        there = [file for file in (path / "best.safetensors", path / "last.safetensors") if file.is_file()]
+        if not there:
+            raise FileNotFoundError(f"`checkpoint`: {path} holds neither best.safetensors nor last.safetensors.")
+        return there[0]
     if not path.is_file():
         raise FileNotFoundError(f"`checkpoint`: there is no file {path}.")
+    return path
+
+
+def _read(path: Path) -> Any:
+    """Read a file's content. The best weights of a run with an average are that; they get the name of one."""
     try:
-        content: Any = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
+        if path.suffix == ".safetensors":
+            tensors = load_file(path)
+            return {AVERAGED[0]: tensors} if _is_best_of_average(path, tensors) else tensors
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"`checkpoint`: {path} is damaged, or holds more than tensors, e.g. a whole network. Nothing in it was "
@@ -135,24 +166,44 @@ def read_state_dict(path: str | os.PathLike[str], weights: str | None = None) ->
         raise ValueError(
             f"`checkpoint`: {path} cannot be read, it seems to be empty, cut off or damaged: {error}"
         ) from error
-    entries = [n for n in ENTRIES if isinstance(content.get(n), dict)] if isinstance(content, dict) else []
-    averaged, plain = ([n for n in entries if (n in AVERAGED) is wanted] for wanted in (True, False))
-    entry = next(iter([*plain, *averaged] if weights == "raw" else [*averaged, *plain]), None)
-    content = content if entry is None else content[entry]
-    if not isinstance(content, dict) or not content or not all(map(torch.is_tensor, content.values())):
-        raise ValueError(
-            f"`checkpoint`: {path} holds no network's tensors by their names. Accepted is `model.state_dict()`, by "
-            f"itself or under one of {', '.join(ENTRIES)}."
-        )
-    tensors: dict[str, torch.Tensor] = clean_state_dict(content)
-    averages = {name.removeprefix("average:"): t for name, t in tensors.items() if name.startswith("average:")}
-    if weights == "average" and not averages and not averaged:
-        raise ValueError(f"`weights`: {path} has no average of the weights; the run that wrote it had no `ema_decay`.")
-    if averages or (averaged and plain):
-        read = "the weights of the last step" if weights == "raw" else "their average"
-        logger.info("%s has weights and their average: %s is read (`weights`).", path, read)
-    of_network = {name: t for name, t in tensors.items() if not name.startswith(("optimizer:", "average:", "good:"))}
-    return of_network if weights == "raw" else of_network | averages
+
+
+def _is_best_of_average(path: Path, tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Return whether a file is the trainer's of the best epoch of a run with `ema_decay`."""
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get("content", "{}")
+    try:
+        decay = json.loads(text)["description"]["ema_decay"]
+    except (ValueError, KeyError, TypeError):  # another program's file
+        return False
+    return decay is not None and not any(name.startswith("average:") for name in tensors)
+
+
+def _split(content: Any, path: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Return a file's averaged and raw weights, whichever there are, with a network's names."""
+    found: dict[str, Any] = {}
+    if isinstance(content, dict):
+        averaged = ("model_state_dict", *AVERAGED) if UNAVERAGED in content else AVERAGED
+        for which, names in (("average", averaged), ("raw", (UNAVERAGED, *ENTRIES))):
+            entry = next((content[name] for name in names if isinstance(content.get(name), dict)), None)
+            found |= {} if entry is None else {which: entry}
+    found = found or {"raw": content}
+    for tensors in found.values():
+        if not isinstance(tensors, dict) or not tensors or not all(map(torch.is_tensor, tensors.values())):
+            raise ValueError(
+                f"`checkpoint`: {path} holds no network's tensors by their names. Accepted is `model.state_dict()`, by "
+                f"itself or under one of {', '.join((*AVERAGED, *ENTRIES))}."
+            )
+    averages = {n.removeprefix("average:"): t for n, t in found.get("raw", {}).items() if n.startswith("average:")}
+    found = {
+        which: {n: t for n, t in tensors.items() if not n.startswith(("optimizer:", "average:", "good:"))}
+        for which, tensors in found.items()
+    }
+    if averages:
+        found["average"] = found["raw"] | averages
+    if "average" in found:
+        found["average"].pop("n_averaged", None)  # torch's `AveragedModel` counts
+    return {which: clean_state_dict(tensors) for which, tensors in found.items()}
 
 
 def _signature(tensors: Mapping[str, torch.Tensor]) -> set[tuple[str, tuple[int, ...]]]:

@@ -83,6 +83,11 @@ class Ensemble:
                 f"has {nb_classes}. Pass `autoattack_version='few-classes'`{rand}, which is not AutoAttack's standard."
             )
         is_few = version == "few-classes"
+        if is_few and nb_classes > 3:
+            raise ValueError(
+                f"`autoattack_version` 'few-classes' is for two or three classes, the network has {nb_classes}: with "
+                "four or more 'standard' is stronger, and comparable."
+            )
         version = "plus" if is_few else version
         self._model, self._seed, self._nb_classes = model, seed, nb_classes
         self._make = partial(

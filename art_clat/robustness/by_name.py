@@ -39,7 +39,7 @@ class NamedEvaluation:
     :param eps: Radius of the ball, for inputs in [0, 1].
     :param output: The folder of the results; ``state`` in it is where a killed evaluation continues.
     :param norm: ``"Linf"``, ``"L2"`` or ``"L1"``.
-    :param checkpoint: A file of weights; `None` if the model brings its own.
+    :param checkpoint: A file of weights or the folder of a run; `None` if the model brings its own.
     :param weights: Which of the checkpoint's weights to read, ``"average"`` or ``"raw"``; `None` for the average if
            there is one.
     :param model_dir: Where RobustBench keeps its models' weights.

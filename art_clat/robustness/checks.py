@@ -43,14 +43,15 @@ def check_images(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> torch.Tensor:
     return torch.as_tensor(np.clip(x.astype(np.float32), 0, 1))
 
 
-def check_eps(eps: float, norm: str, size: int) -> None:
+def check_eps(eps: float, norm: str, size: int) -> list[str]:
     """
     Refuse an ε that is not positive, or that seems to be in units of 0…255.
 
     :param eps: What the user passed.
     :param norm: ``"Linf"``, ``"L2"`` or ``"L1"``.
     :param size: Number of values in an input.
-    :raises ValueError: If it is not positive, or so large that no network could be robust.
+    :return: A warning if no network can be robust: an unbounded attack is a common check, and accepted.
+    :raises ValueError: If it is not positive, or larger still.
     """
     # Half the diagonal of [0, 1]^size reaches the centre from everywhere: no network can be robust. In ℓ∞ this is 1/2,
     # but up to 1 is accepted, since an unbounded attack is a common check of an evaluation.
@@ -61,6 +62,12 @@ def check_eps(eps: float, norm: str, size: int) -> None:
             f"`eps` must be positive, and at most {largest:g} for {norm} on inputs of {size} values in [0, 1], in "
             f"their units: 8 / 255, not 8. Got {eps}."
         )
+    if eps < largest:
+        return []
+    return [
+        f"`eps` is {eps:g}, which reaches {'the range' if norm == 'Linf' else 'half of the whole range'} of inputs in "
+        "[0, 1]: no network can be robust. It is in units of the inputs, such as 8 / 255."
+    ]
 
 
 def count_classes(model: nn.Module, x: torch.Tensor, argument: str) -> int:
@@ -128,7 +135,7 @@ def warn_about_labels(
     Check whether another order of the classes fits the predictions far better than the labels do.
 
     A one-to-one relabelling is fitted on one half of some examples, and tried on the other half. With fewer than ten
-    examples a class nothing is said.
+    examples of each class that has labels nothing is said.
 
     :param model: Returns logits.
     :param x: Inputs in [0, 1], on the CPU.
@@ -140,8 +147,9 @@ def warn_about_labels(
     """
     from scipy.optimize import linear_sum_assignment
 
-    chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[: max(SAMPLE, 20 * nb_classes)]
-    if len(chosen) < EXAMPLES_A_CLASS * nb_classes:
+    labelled = len(y.unique())  # ten classes of ImageNet's thousand, say
+    chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[: max(SAMPLE, 20 * labelled)]
+    if labelled < 2 or len(chosen) < EXAMPLES_A_CLASS * labelled:
         return []
     x, y = x[chosen], y[chosen]
     predicted = torch.cat([model(part.to(device)).argmax(dim=1).cpu() for part in x.split(batch_size)])
@@ -155,7 +163,10 @@ def warn_about_labels(
     better, worse = int((after & ~before).sum()), int((before & ~after).sum())
     if better - worse < max(0.1 * len(before), 4 * (better + worse) ** 0.5):  # four standard deviations of chance
         return []
-    moved = [f"{row} is {column}" for row, column in zip(rows, columns, strict=True) if row != column]
+    labels = set(y.tolist())
+    moved = [
+        f"{row} is {column}" for row, column in zip(rows, columns, strict=True) if row != column and column in labels
+    ]
     return [
         f"Labels seem to be in another order than the network's: with its classes renamed ({', '.join(moved[:4])}"
         f"{', …' if len(moved) > 4 else ''}) {after.float().mean():.1%} of {len(after)} examples are classified "

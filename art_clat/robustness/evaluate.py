@@ -108,7 +108,7 @@ def evaluate_robustness(
     for one in targets:
         one.check_size(images)
     norm = norm_name(norm)
-    check_eps(eps, norm, images[0].numel())
+    warnings = check_eps(eps, norm, images[0].numel())
     settings = Settings(
         norm=norm,
         eps=float(eps),
@@ -130,7 +130,7 @@ def evaluate_robustness(
         facts = {name: fact for one in targets for name, fact in one.describe().items()}
         facts |= {"x": fingerprint(images), "y": fingerprint(labels), **dataclasses.asdict(settings)}
         ranks.check_same({**facts, "checkpoint": str(checkpoint)}, target.device)
-        warnings = _warn_about_network(target, images, labels, nb_classes, settings)
+        warnings += _warn_about_network(target, images, labels, nb_classes, settings)
         if autoattack is not None:
             warnings += autoattack.check_dynamic(sample.to(target.device))
         folder = (

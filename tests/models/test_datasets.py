@@ -79,6 +79,27 @@ def test_image_folder(tmp_path):
         load_data(str(tmp_path))
 
 
+def test_damaged_contents_are_named(tmp_path):
+    """At any place of an .npz file, and within a PNG file."""
+    np.savez_compressed(tmp_path / "x.npz", x=np.random.default_rng(0).random((4, 3, 8, 8)), y=np.arange(4))
+    whole = (tmp_path / "x.npz").read_bytes()
+    for place in range(0, len(whole) - 60, 97):
+        (tmp_path / "x.npz").write_bytes(whole[:place] + bytes(60) + whole[place + 60 :])
+        try:
+            load_data(str(tmp_path / "x.npz"))
+        except ValueError as error:
+            assert "x.npz" in str(error)
+    (tmp_path / "cat").mkdir()
+    noise = np.random.default_rng(0).integers(0, 255, (256, 256, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "cat" / "0.png")
+    whole = bytearray((tmp_path / "cat" / "0.png").read_bytes())
+    second = whole.find(b"IDAT", whole.find(b"IDAT") + 4)
+    whole[second : second + 4] = b"\0\0\0\0"
+    (tmp_path / "cat" / "0.png").write_bytes(whole)
+    with pytest.raises(ValueError, match=r"0\.png cannot be read as an image"):
+        load_data(str(tmp_path))
+
+
 def test_empty_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="has no images"):
         load_data(str(tmp_path))

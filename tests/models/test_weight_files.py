@@ -1,10 +1,11 @@
 """Somebody's weights in a network."""
 
 import pickle
+import shutil
 
 import pytest
 import torch
-from conftest import Code, Normed, make_attack, make_classifier
+from conftest import Code, Normed, make_attack, make_classifier, make_data
 from safetensors.torch import load_file, save_file
 
 from art_clat import AdversarialTrainerCLATPyTorch, create_backbone
@@ -52,6 +53,77 @@ def test_averages_are_taken_if_a_trainers_file_has_both(data, tmp_path):
     load_state_dict(model, tmp_path / "last.safetensors")  # the trainer ends on the average
     ended = classifier.model.state_dict()
     assert all(torch.equal(t, ended[name]) for name, t in model.state_dict().items())
+
+
+class TestFilesThatHoldAnAverage:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def run(cls, tmp_path_factory):
+        """The folder of a run with averaged weights, and the weights that the network ended with."""
+        folder, data = tmp_path_factory.mktemp("run"), make_data()
+        classifier = make_classifier(Normed())
+        trainer = AdversarialTrainerCLATPyTorch(classifier, make_attack(classifier), warmup=1, ema_decay=0.9, seed=0)
+        trainer.fit(*data, batch_size=16, nb_epochs=1, verbose=False, checkpoint=folder, validation_data=data)
+        return folder, {name: t.clone() for name, t in classifier.model.state_dict().items()}
+
+    @staticmethod
+    def loaded(path, weights=None):
+        model = Normed()
+        load_state_dict(model, path, weights)
+        return model.state_dict()
+
+    @staticmethod
+    def same(tensors, others):
+        return tensors.keys() == others.keys() and all(torch.equal(t, others[name]) for name, t in tensors.items())
+
+    def test_the_best_epochs_weights_are_the_average(self, run):
+        folder, _ = run
+        best = load_file(folder / "best.safetensors")
+        assert self.same(self.loaded(folder / "best.safetensors", "average"), best)
+        with pytest.raises(ValueError, match=r"best.safetensors has the average .* only.* in its last\.safetensors"):
+            self.loaded(folder / "best.safetensors", "raw")
+
+    def test_a_runs_folder(self, run, tmp_path):
+        folder, ended = run
+        assert self.same(self.loaded(folder), load_file(folder / "best.safetensors"))
+        shutil.copy(folder / "last.safetensors", tmp_path)
+        assert self.same(self.loaded(tmp_path), ended)
+        with pytest.raises(FileNotFoundError, match=r"neither best\.safetensors nor last\.safetensors"):
+            self.loaded(tmp_path.parent)
+
+    def test_of_a_network_in_data_parallel(self, run, tmp_path):
+        folder, ended = run
+        within = {}
+        for name, tensor in load_file(folder / "last.safetensors").items():
+            prefix = "average:" if name.startswith("average:") else ""
+            if not name.startswith("optimizer:"):
+                within[f"{prefix}module.{name.removeprefix(prefix)}"] = tensor
+        save_file(within, tmp_path / "x.safetensors")
+        assert self.same(self.loaded(tmp_path / "x.safetensors"), ended)
+        assert not self.same(self.loaded(tmp_path / "x.safetensors", "raw"), ended)
+
+    @pytest.mark.parametrize(
+        ("average", "raw", "prefix"),
+        [
+            ("state_dict_ema", "state_dict", "module."),  # timm, with DataParallel
+            ("model_ema", "model", "module."),  # torchvision's references, with torch's AveragedModel
+            ("ema_state_dict", "state_dict", ""),
+            ("model_state_dict", "unaveraged_model_state_dict", ""),
+        ],
+    )
+    def test_of_other_programs(self, tmp_path, average, raw, prefix):
+        one, other = Normed().state_dict(), Normed().state_dict()
+        averaged = {f"{prefix}{name}": t for name, t in one.items()}
+        if average == "model_ema":
+            averaged["n_averaged"] = torch.tensor(7)
+        torch.save({raw: other, average: averaged, "epoch": 3}, tmp_path / "x.pt")
+        for weights, expected in ((None, one), ("average", one), ("raw", other)):
+            assert self.same(self.loaded(tmp_path / "x.pt", weights), expected)
+
+    def test_alone(self, tmp_path):
+        torch.save({"state_dict_ema": Normed().state_dict()}, tmp_path / "x.pt")
+        with pytest.raises(ValueError, match=r"x\.pt has the average of the weights only\.$"):
+            self.loaded(tmp_path / "x.pt", "raw")
 
 
 def test_the_last_good_weights_of_single_step_training_are_not_the_networks(data, tmp_path):

@@ -28,6 +28,7 @@ from art_clat.models.class_order import natural_key, number_folders
 from art_clat.models.datasets import load_data
 from art_clat.models.weight_files import load_state_dict
 from art_clat.report.page import write_page
+from art_clat.robustness.checks import warn_about_labels
 
 LOCAL = {"norm": "Linf", "eps": 1 / 255, "autoattack_version": None}
 
@@ -180,6 +181,20 @@ class TestOrderOfTheLabels:
         if is_reported and names is not None and nb_classes == 2:
             assert "0 is 1, 1 is 0" in found[0]
 
+    def test_a_part_of_a_networks_classes(self):
+        """Ten of ImageNet's thousand, say, numbered 0 to 9: far above chance, since one number is right."""
+        outputs, labels = torch.tensor([0, 37, 52, 81]), torch.arange(4).repeat(40)
+
+        def predict(x):
+            return nn.functional.one_hot(outputs[x[:, 0, 0, 0].long()], 100).float()
+
+        images = labels.view(-1, 1, 1, 1).float()
+        arguments = {"nb_classes": 100, "device": torch.device("cpu"), "batch_size": 50}
+        (message,) = warn_about_labels(predict, images, labels, **arguments)
+        assert "(37 is 1, 52 is 2, 81 is 3)" in message and "100.0% of 80 examples" in message
+        assert warn_about_labels(predict, images, outputs[labels], **arguments) == []
+        assert warn_about_labels(predict, images[:36], labels[:36], **arguments) == []  # nine of each
+
     def test_a_network_that_adversaries_trained_is_not_reported(self):
         """A poor but honest network, whose confusions have a pattern."""
         data = load_digits()
@@ -306,6 +321,14 @@ class TestFewClasses:
         with pytest.raises(ValueError, match=f"at least 4 classes .* `autoattack_version='few-classes'`{rand}"):
             evaluate_robustness(model, x, y, norm="Linf", eps=0.1)
 
+    def test_is_not_for_more_classes(self):
+        x = np.random.default_rng(0).random((4, 1, 4, 4))
+        with pytest.raises(ValueError, match="is for two or three classes, the network has 4"):
+            evaluate_robustness(
+                nn.Sequential(nn.Flatten(), nn.Linear(16, 4)), x, np.arange(4), norm="Linf", eps=0.1,
+                autoattack_version="few-classes",
+            )  # fmt: skip
+
     def test_one_logit_is_no_class(self):
         with pytest.raises(ValueError, match="returns one logit, .* `art_clat.TwoLogits"):
             evaluate_robustness(
@@ -345,6 +368,15 @@ class TestTwoLogits:
     def test_another_output_is_refused(self):
         with pytest.raises(ValueError, match=r"must return one logit a sample, shape \(n,\) or \(n, 1\), got \(5, 2\)"):
             TwoLogits(nn.Linear(3, 2))(torch.rand(5, 3))
+
+
+@pytest.mark.parametrize(("norm", "largest"), [("Linf", 1.0), ("L2", 2.0), ("L1", 8.0)])
+def test_an_eps_that_reaches_the_whole_range_is_doubted(norm, largest):
+    network, x = nn.Sequential(nn.Flatten(), nn.Linear(16, 4)), np.random.default_rng(0).random((4, 1, 4, 4))
+    settings = {"norm": norm, "autoattack_version": None, "pgd_max_iter": 1}
+    for eps, is_doubted in ((largest, True), (0.99 * largest, False)):
+        report = evaluate_robustness(network, x, np.arange(4), eps=eps, **settings)
+        assert any("no network can be robust" in message for message in report.warnings) == is_doubted
 
 
 def test_norms_without_statistics_are_named(tmp_path):
