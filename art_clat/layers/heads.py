@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -36,8 +37,10 @@ def find_heads(
             return outputs[-1][1] * 1  # what follows may write to it
         if type(value) in (tuple, list):
             return type(value)(cut(module, item) for item in value)
-        if type(value) is dict:
-            return {key: cut(module, item) for key, item in value.items()}
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*(cut(module, item) for item in value))
+        if type(value) in (dict, OrderedDict):
+            return type(value)((key, cut(module, item)) for key, item in value.items())
         return value
 
     owners = {weight: module for module, weight in modules.items() if weight is not None}
